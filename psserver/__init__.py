@@ -98,7 +98,19 @@ stream.py        the bidirectional stream
 regions.py       map the memory that clients of the same-host lane register
 lane.py          the same-host lane: streams over a Unix socket
 service.py       the gRPC methods of all services
-metrics.py       collect the metrics of a shard
+metrics/samples.py      convert the server's counts to samples
+metrics/traffic.py      metrics of requests
+metrics/engine.py       metrics of the engine
+metrics/tiers.py        metrics of kinds of memory, by table
+metrics/admission.py    metrics of admission and eviction, by table
+metrics/budgets.py      metrics of memory in use and its limits
+metrics/log.py          metrics of the version log
+metrics/subscribers.py  metrics of subscriptions
+metrics/flushes.py      metrics of writes of changed rows to disk
+metrics/scrub.py        metrics of damage on disk
+metrics/lanes.py        metrics of the same-host lane
+metrics/connections.py  metrics of connections
+metrics/registry.py     collect all metrics of one server
 exposition.py    serve /metrics over HTTP
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order

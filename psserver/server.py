@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 import structlog
-from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 
 from psproto import routing
 from psserver.addresses import cannot_listen
@@ -30,14 +29,7 @@ from psserver.gpu import open_gpu
 from psserver.info import ServerInfo
 from psserver.lane import Lanes
 from psserver.listener import Listener
-from psserver.metrics import (
-    ConnectionCollector,
-    FeedCollector,
-    FlushCollector,
-    LaneCollector,
-    ScrubCollector,
-    ShardCollector,
-)
+from psserver.metrics.registry import Metrics
 from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.scrubber import Scrubber
@@ -72,11 +64,8 @@ class Server:
         self._engine = Engine()
         self._stats = ServiceStats()
         self._listener = Listener(config)
-        self._registry = CollectorRegistry()
-        self._ready = Gauge(
-            "ps_ready", "1 while the shard serves, 0 before.", registry=self._registry
-        )
-        self._metrics: Exposition | None = None
+        self._metrics = Metrics()
+        self._exposition: Exposition | None = None
         self._gpu: Gpu | None = None
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
@@ -139,7 +128,7 @@ class Server:
         self._create_lane()
         self._open_parts()
         self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)
-        self._register_collectors()
+        self._add_metrics()
         if self._data is not None:
             self._data.flusher.open()
             self._preloader = Preloader(self._shard.preloads, self._engine)
@@ -150,7 +139,7 @@ class Server:
         if self._lanes is not None:
             self._service.open_lanes(self._lanes)
         await self._listener.serve(self._service)
-        self._ready.set(1)
+        self._metrics.ready(True)
 
     def _create_lane(self) -> None:
         """Create the socket of the same-host lane.
@@ -228,40 +217,32 @@ class Server:
         config = self._config
         if not config.metrics_port:
             return
-        ProcessCollector(registry=self._registry)
-        GCCollector(registry=self._registry)
-        metrics = Exposition(self._registry)
+        exposition = Exposition(self._metrics.registry)
         try:
-            metrics.open(config.host, config.metrics_port)
+            exposition.open(config.host, config.metrics_port)
         except OSError as error:
             text = cannot_listen("metrics_port", config.host, config.metrics_port, error)
             raise ConfigError(text) from error
-        self._metrics = metrics
+        self._exposition = exposition
 
     def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._exposition is not None:
+            self._exposition.close()
 
-    def _register_collectors(self) -> None:
+    def _add_metrics(self) -> None:
         """Add the metrics of the recovered shard to /metrics."""
-        register, data = self._registry.register, self._data
-        versions = None if data is None else data.log
-        register(ShardCollector(self._shard, self._engine, self._stats, versions))
-        register(ConnectionCollector(self._listener.connections))
-        if self._lanes is not None:
-            register(LaneCollector(self._lanes))
-        if self._feed is not None:
-            register(FeedCollector(self._feed))
+        data, shard, connections = self._data, self._shard, self._listener.connections
+        self._metrics.add_shard(shard, self._engine, self._stats, connections, self._lanes)
         if data is not None:
-            register(FlushCollector(data.flusher))
-        if self._scrubber is not None:
-            register(ScrubCollector(self._shard, self._scrubber))
+            assert self._feed is not None
+            assert self._scrubber is not None
+            self._metrics.add_disk(shard, data.log, data.flusher, self._feed, self._scrubber)
 
     async def close(self) -> None:
         """Refuse new calls, and wait at most drain_seconds for the calls in flight. Then stop all
         threads and close the data directory.
         """
-        self._ready.set(0)
+        self._metrics.ready(False)
         await self._listener.refuse()
         self._service.drain()
         grace = self._config.drain_seconds

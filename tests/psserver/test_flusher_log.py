@@ -16,7 +16,7 @@ import pytest
 from stores import Home, contents, copy_of, make_shard, push, schema
 
 from psserver.errors import NoLog
-from psserver.metrics import FlushCollector
+from psserver.metrics.flushes import FlushCollector
 from storage.admission.rules import Sketch
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.eviction import rules as eviction
