@@ -43,6 +43,9 @@ class Client(RowClient):
     renew        what to do if a shard does not know the client's numbers any more. True: number
                  the pushes anew, under the next incarnation. False: raise SessionExpired, so that
                  a process whose client_id another process has taken over cannot push again
+    retry_refused  what to do if a shard refuses a pull, push or exchange for now, and says when to
+                 try again (OVERLOADED, DISK_FULL, STARTING). True: send it again then, until the
+                 timeout. False: raise the error at once; its ``retry_after`` has the seconds
     proxy        whether to use the HTTP proxy that the environment variables (http_proxy etc.) name
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).

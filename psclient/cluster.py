@@ -45,6 +45,7 @@ class Cluster:
     client_id    identity of the client; 0: a random one for each shard
     incarnation  number that grows with each use of the same client_id
     renew        whether to go on with the next incarnation after SessionExpired
+    retry_refused  whether to send a request again that a shard refuses for now
     proxy        whether to use the HTTP proxy that the environment variables name
     deadline     monotonic seconds at which the shards must have answered
 
@@ -69,6 +70,7 @@ class Cluster:
         incarnation: int,
         *,
         renew: bool = True,
+        retry_refused: bool = True,
         proxy: bool,
         deadline: float,
     ) -> None:
@@ -77,7 +79,7 @@ class Cluster:
         self.links: list[Link] = []
         for shard, route in enumerate(places.routes(deadline)):
             client = client_id or secrets.randbits(63) + 1
-            session = Session(client, incarnation, renews=renew)
+            session = Session(client, incarnation, renews=renew, repeats=retry_refused)
             link = _link(transport, lane, places.where(shard), route, session, options(proxy=proxy))
             self.links.append(link)
         try:

@@ -43,6 +43,7 @@ class Connection:
         client_id: int = 0,
         incarnation: int | None = None,
         renew: bool = True,
+        retry_refused: bool = True,
         proxy: bool = False,
     ) -> None:
         self._addresses = checked_where(addresses)
@@ -63,8 +64,10 @@ class Connection:
             incarnation = time.time_ns()
         self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
         self._renew = bool(renew)
+        self._retry_refused = bool(retry_refused)
         self._options = {
             "wire": wire, "transport": transport, "lane": lane, "proxy": self._proxy,
+            "retry_refused": self._retry_refused,
         }  # fmt: skip
         self._cluster: Cluster | None = None
         self._connecting = threading.RLock()
@@ -166,6 +169,7 @@ class Connection:
                 self._client_id,
                 self._incarnation,
                 renew=self._renew,
+                retry_refused=self._retry_refused,
                 proxy=self._proxy,
                 deadline=deadline,
             )

@@ -15,9 +15,9 @@ import threading
 from abc import ABC, abstractmethod
 
 from psclient.channel import OPTIONS, Channel, Options
-from psclient.errors import Unavailable
+from psclient.errors import PsError, Unavailable
 from psclient.routes import Route
-from psclient.session import Call, Session
+from psclient.session import Call, Session, pause_before
 from psproto import codec
 
 GRACE = 5.0  # seconds after its deadline at which ``watch`` gives up an open call
@@ -84,6 +84,10 @@ class Link(ABC):
             for call in list(self._open.values()):
                 self._give_up(call, "the client was closed")
         self.channel.close()
+
+    def _pause_before(self, call: Call, error: PsError) -> float | None:
+        """Return the seconds to pause before a failed call is sent again; None: it is not."""
+        return pause_before(call, error, renews=self.session.renews, repeats=self.session.repeats)
 
     # ---- the lock is held
 

@@ -17,6 +17,8 @@ class Session:
     client       id of the client
     incarnation  number that grows each time the client begins to number its pushes from 1 again
     renews       whether the client goes on with the next incarnation after SessionExpired
+    repeats      whether a request that the shard refuses for now is sent again, after the pause
+                 that the shard asks for
     held         the shard is asked to remember all pushes with larger numbers, although they were
                  answered, because a trainer that comes back may send them again (see ``go_back``).
                  None: it need not
@@ -24,10 +26,13 @@ class Session:
     PushHeader in ps.proto defines the numbers. Callers of the methods hold the link's lock.
     """
 
-    def __init__(self, client: int, incarnation: int, *, renews: bool = True) -> None:
+    def __init__(
+        self, client: int, incarnation: int, *, renews: bool = True, repeats: bool = True
+    ) -> None:
         self.client = client
         self.incarnation = incarnation
         self.renews = renews
+        self.repeats = repeats
         self.held: int | None = None
         self._next = 1
         self._open: dict[int, None] = {}  # sequence numbers that may be sent again, ascending
@@ -134,17 +139,20 @@ class Call:
         return pb.StreamRequestHeader(id=self.id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
 
 
-def pause_before(call: Call, error: PsError, *, renews: bool = True) -> float | None:
+def pause_before(
+    call: Call, error: PsError, *, renews: bool = True, repeats: bool = True
+) -> float | None:
     """Return the seconds to pause before a failed call is sent again; None: its error is final.
 
-    call    the call
-    error   the error with which it failed
-    renews  whether its pushes may be numbered again after SessionExpired
+    call     the call
+    error    the error with which it failed
+    renews   whether its pushes may be numbered again after SessionExpired
+    repeats  whether it may be sent again after a refusal in which the shard asks for a pause
     """
     if isinstance(error, SessionExpired):  # at the first attempt: the pushes were never applied
         first = renews and call.attempts == 1 and not call.renewed
         return 0.0 if first and call.exchange.pushes else None
-    pause = asked_pause(error)
+    pause = asked_pause(error) if repeats else None
     return None if pause is None or time.monotonic() + pause >= call.deadline else pause
 
 

@@ -29,7 +29,7 @@ from psclient.link import Link
 from psclient.pipe import BROKEN, GrpcPipe, Pipe
 from psclient.retry import RETRYABLE, backoff
 from psclient.routes import Route
-from psclient.session import Call, Session, pause_before, renumber
+from psclient.session import Call, Session, renumber
 from psclient.signals import Shield
 from psproto import codec
 from psproto import ps_pb2 as pb
@@ -243,7 +243,7 @@ class StreamLink(Link):
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
         """Complete a call with its answer or its error, and wake the threads that wait for it."""
         call.answer, call.error, call.done = answer, error, True
-        if error is None or pause_before(call, error, renews=self.session.renews) is None:
+        if error is None or self._pause_before(call, error) is None:
             self._finish(call, applied=error is None)
         if self._sleeping:
             self._wake(call)
@@ -307,7 +307,7 @@ class StreamLink(Link):
 
         Returns whether the call was sent.
         """
-        pause = pause_before(call, error, renews=self.session.renews)
+        pause = self._pause_before(call, error)
         if pause is not None:
             time.sleep(pause)
         with self.lock:

@@ -13,7 +13,7 @@ from psclient.channel import Cancelled
 from psclient.errors import PsError, SessionExpired, Unavailable
 from psclient.link import Link
 from psclient.retry import backoff, rpc_error
-from psclient.session import Call, pause_before, renumber
+from psclient.session import Call, renumber
 from psproto import codec
 
 
@@ -70,8 +70,9 @@ class UnaryLink(Link):
 
     def _again(self, call: Call, error: PsError) -> None:
         """Send a failed call again after a pause, if ``error`` permits it; else raise ``error``."""
-        pause = pause_before(call, error, renews=self.session.renews)
-        if pause is None and isinstance(error, Unavailable):
+        pause = self._pause_before(call, error)
+        repeats = self.session.repeats or error.retry_after is None
+        if pause is None and repeats and isinstance(error, Unavailable):
             pause = backoff(call.attempts)
         if self._closed:
             error = Unavailable(f"{self.where}: the client was closed")
