@@ -75,13 +75,14 @@ logtail.py       read the log, and encode it for one subscriber
 rowscan.py       send all or changed rows to one subscriber, while pushes continue
 subscription.py  serve one subscription, from the log or by a scan of the rows
 feed.py          the subscriptions of one shard
+recent.py        the last errors with which requests failed
 stats.py         count requests, bytes and errors
 peers.py         list the connections of the process, with their byte counts
 connections.py   close connections whose peers do not finish their messages
 warm.py          compile the kernels before they are needed
 datadir.py       lock, recover and close a shard's data directory
 doctor.py        check whether the machine and the settings suit a server
-info.py          what GetServerInfo and Diagnose report
+phase.py         what a server is doing, from its start to its stop
 status.py        convert errors to gRPC statuses
 limits.py        admit requests: memory in flight, restore, drain
 pool.py          thread pool whose threads do not block the exit of the process
@@ -97,6 +98,8 @@ exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 regions.py       map the memory that clients of the same-host lane register
 lane.py          the same-host lane: streams over a Unix socket
+livestatus.py    live figures of a shard, for displays
+info.py          what GetServerInfo, Diagnose and GetStatus report
 service.py       the gRPC methods of all services
 metrics/samples.py      convert the server's counts to samples
 metrics/traffic.py      metrics of requests

@@ -90,6 +90,11 @@ class Connections:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def count(self) -> int:
+        """Number of connections at the last check."""
+        return len(self._known)
+
     def arrived(self, peer: str, size: int) -> None:
         """Count a complete message of ``size`` bytes. Must run on the event loop.
 

@@ -47,8 +47,10 @@ class Handlers:
 
     def count_error(self, method: str, error: Exception) -> None:
         """Count a failed request in the statistics of ``method``."""
-        status = status_of(error)
-        self._limits.stats.failed(method, code_of(status).name, reason_of(status))
+        status, stats = status_of(error), self._limits.stats
+        code, reason = code_of(status).name, reason_of(status)
+        stats.failed(method, code, reason)
+        stats.recent.add(method, code, reason, status.message)
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]

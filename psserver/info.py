@@ -1,9 +1,10 @@
-"""Answer GetServerInfo (number, shard map, limits and statistics of a shard) and Diagnose."""
+"""Answer GetServerInfo (number, shard map, limits and statistics of a shard), Diagnose (findings
+about the machine and the settings) and GetStatus (live figures).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from psproto import RELEASE
 from psproto import ps_pb2 as pb
 from psserver.config import ServerConfig
 from psserver.doctor import examine
+from psserver.livestatus import LiveStatus
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
@@ -20,8 +22,9 @@ COUNTED = 128  # tables whose rows are counted without a pause; takes less than 
 class ServerInfo:
     """Reads versions, sizes and limits of a shard. Never waits for the engine.
 
-    Must be used on the event loop, except ``diagnose``, which blocks.
+    Must be used on the event loop, except ``diagnose``, which blocks, and ``status``.
 
+    live     live figures of the server
     log      version log; None: the shard has no data directory
     flushed  returns the monotonic time of the last flush, in seconds; None: no data directory
     lane     how clients reach the same-host lane; None: the server offers none
@@ -31,17 +34,17 @@ class ServerInfo:
         self,
         shard: Shard,
         config: ServerConfig,
+        live: LiveStatus,
         log: VersionLog | None = None,
         flushed: Callable[[], float] | None = None,
         lane: pb.Lane | None = None,
     ) -> None:
         self._shard = shard
         self._config = config
+        self._live = live
         self._log = log
         self._flushed = flushed
         self._lane = lane
-        self._started = time.monotonic()
-        self._start = 1 + secrets.randbits(63)
 
     async def read(self) -> pb.GetServerInfoResponse:
         """Return the response. While many tables are counted, the event loop runs other calls."""
@@ -64,7 +67,7 @@ class ServerInfo:
             memory_budget_bytes=shard.budget.limit,
             lineage=b"" if log is None else log.lineage,
             durable_version=0 if log is None else log.durable,
-            uptime_seconds=now - self._started,
+            uptime_seconds=self._live.uptime,
             tables=len(tables),
             rows=rows,
             log_bytes=0 if log is None else sum(each.size for each in log.files.segments),
@@ -72,7 +75,7 @@ class ServerInfo:
             damaged_blocks=sum(shard.checks.counts(name)[0] for name in tables),
             cluster=config.cluster,
             advertise=config.advertise,
-            start=self._start,
+            start=self._live.start,
             gpu_bytes=0 if shard.gpu is None else shard.gpu.budget.held,
             gpu_budget_bytes=0 if shard.gpu is None else shard.gpu.budget.limit,
             gpu_paused=shard.gpu is not None and shard.gpu.paused,
@@ -92,3 +95,7 @@ class ServerInfo:
             for each in examine(self._config, running=True, gpu=self._shard.gpu)
         ]
         return pb.DiagnoseResponse(findings=found, time=time.time())
+
+    def status(self, _: pb.GetStatusRequest) -> pb.GetStatusResponse:
+        """Return live figures of the shard. Any thread may call this."""
+        return self._live.read()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import structlog
 
+from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver.addresses import cannot_listen
 from psserver.analysis import Analyses
@@ -29,7 +30,9 @@ from psserver.gpu import open_gpu
 from psserver.info import ServerInfo
 from psserver.lane import Lanes
 from psserver.listener import Listener
+from psserver.livestatus import LiveStatus, Parts
 from psserver.metrics.registry import Metrics
+from psserver.phase import Phases
 from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.scrubber import Scrubber
@@ -64,6 +67,10 @@ class Server:
         self._engine = Engine()
         self._stats = ServiceStats()
         self._listener = Listener(config)
+        self._phases = Phases(pb.PHASE_NOT_A_SHARD if config.surplus else pb.PHASE_KERNELS)
+        self._live = LiveStatus(
+            config, self._phases, self._stats, self._engine, self._listener.connections
+        )
         self._metrics = Metrics()
         self._exposition: Exposition | None = None
         self._gpu: Gpu | None = None
@@ -121,9 +128,11 @@ class Server:
         """Do what ``open`` describes, but leave the ports open after an error."""
         config = self._config
         if config.hbm_bytes:
+            self._phases.enter(pb.PHASE_GPU)
             self._gpu = await asyncio.to_thread(open_gpu, config.hbm_bytes)
             if self._lanes is not None:
                 self._lanes.use_gpu()
+        self._phases.enter(pb.PHASE_RECOVERY)
         await self._open_shard()
         self._create_lane()
         self._open_parts()
@@ -140,6 +149,7 @@ class Server:
             self._service.open_lanes(self._lanes)
         await self._listener.serve(self._service)
         self._metrics.ready(True)
+        self._phases.enter(pb.PHASE_READY)
 
     def _create_lane(self) -> None:
         """Create the socket of the same-host lane.
@@ -194,7 +204,18 @@ class Server:
             self._scrubber = Scrubber(shard.checks, engine, flusher, config.scrub_seconds)
         flushed = None if data is None else lambda: data.flusher.flushed
         offer = None if self._lanes is None else self._lanes.offer
-        info = ServerInfo(shard, config, versions, flushed, offer)
+        self._phases.blocked = lambda: restores.held
+        self._live.attach(
+            Parts(
+                shard=shard,
+                checkpoints=checkpoints,
+                log=versions,
+                feed=self._feed,
+                flusher=flusher,
+                lanes=self._lanes,
+            )
+        )
+        info = ServerInfo(shard, config, self._live, versions, flushed, offer)
         self._service = Service(
             shard,
             engine,
@@ -243,6 +264,7 @@ class Server:
         threads and close the data directory.
         """
         self._metrics.ready(False)
+        self._phases.enter(pb.PHASE_DRAINING)
         await self._listener.refuse()
         self._service.drain()
         grace = self._config.drain_seconds

@@ -47,7 +47,7 @@ class Service:
     """Maps every gRPC method to its handler, and implements those that need only a few lines.
 
     counts       statistics that the handlers update
-    info         answers GetServerInfo
+    info         answers GetServerInfo, Diagnose and GetStatus
     sweeper      runs Evict
     connections  closes connections whose peers do not finish their messages
     log          version log of the shard; None: the shard has no data directory
@@ -156,6 +156,12 @@ class Service:
             "Diagnose": self._make.blocking(
                 pb.DiagnoseRequest,
                 self._info.diagnose,
+                self._workers.short,
+                during_restore=True,
+            ),
+            "GetStatus": self._make.blocking(
+                pb.GetStatusRequest,
+                self._info.status,
                 self._workers.short,
                 during_restore=True,
             ),

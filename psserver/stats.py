@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from psserver.recent import RecentErrors
+
 # upper bounds of the latency histogram's buckets, in seconds
 BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -42,6 +44,7 @@ class ServiceStats:
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}  # by method and table
         self.errors: dict[tuple[str, str, str], int] = {}  # by method, code and reason
+        self.recent = RecentErrors()  # the last of them
         self.waits: dict[str, Traffic] = {}  # requests that waited for the disk, by table
         self.inflight_bytes = 0  # reserved at present for requests and replies
         self.streams = 0  # open at present

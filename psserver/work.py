@@ -63,6 +63,11 @@ class Work:
         self._stopping = threading.Event()
         self._on_stop = on_stop
 
+    @property
+    def running(self) -> str:
+        """Description of the operation that runs now; "" if none does. Any thread may read it."""
+        return self._owner if self._lock.locked() else ""
+
     def progress(self) -> Progress:
         """Return a new Progress for an operation that begins."""
         return Progress(self._stopping)

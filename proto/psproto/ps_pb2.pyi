@@ -46,6 +46,17 @@ class Content(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CONTENT_VALUES: _ClassVar[Content]
     CONTENT_KEYS: _ClassVar[Content]
     CONTENT_VALUES_AND_STATE: _ClassVar[Content]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_KERNELS: _ClassVar[Phase]
+    PHASE_GPU: _ClassVar[Phase]
+    PHASE_RECOVERY: _ClassVar[Phase]
+    PHASE_READY: _ClassVar[Phase]
+    PHASE_RESTORING: _ClassVar[Phase]
+    PHASE_DRAINING: _ClassVar[Phase]
+    PHASE_NOT_A_SHARD: _ClassVar[Phase]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
@@ -68,6 +79,14 @@ CONTENT_UNSPECIFIED: Content
 CONTENT_VALUES: Content
 CONTENT_KEYS: Content
 CONTENT_VALUES_AND_STATE: Content
+PHASE_UNSPECIFIED: Phase
+PHASE_KERNELS: Phase
+PHASE_GPU: Phase
+PHASE_RECOVERY: Phase
+PHASE_READY: Phase
+PHASE_RESTORING: Phase
+PHASE_DRAINING: Phase
+PHASE_NOT_A_SHARD: Phase
 
 class Rule(_message.Message):
     __slots__ = ("name", "parameters")
@@ -1040,6 +1059,226 @@ class GetServerInfoResponse(_message.Message):
     gpu_paused: bool
     lane: Lane
     def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_budget_bytes: _Optional[int] = ..., gpu_paused: bool = ..., lane: _Optional[_Union[Lane, _Mapping]] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("count", "seconds", "bounds", "buckets")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    seconds: float
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    buckets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, count: _Optional[int] = ..., seconds: _Optional[float] = ..., bounds: _Optional[_Iterable[float]] = ..., buckets: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("release", "shard", "shards", "cluster", "advertise", "start", "time", "uptime_seconds", "phase", "phase_seconds", "version", "rows", "table_count", "tables", "methods", "errors", "recent_errors", "engine", "log", "subscribers", "storage", "budgets", "lanes", "streams", "cpu_seconds", "certificate_expires")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TABLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBERS_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    shard: int
+    shards: int
+    cluster: str
+    advertise: str
+    start: int
+    time: float
+    uptime_seconds: float
+    phase: Phase
+    phase_seconds: float
+    version: int
+    rows: int
+    table_count: int
+    tables: _containers.RepeatedCompositeFieldContainer[TableStatus]
+    methods: _containers.RepeatedCompositeFieldContainer[MethodStatus]
+    errors: _containers.RepeatedCompositeFieldContainer[ErrorCount]
+    recent_errors: _containers.RepeatedCompositeFieldContainer[RecentError]
+    engine: EngineStatus
+    log: LogStatus
+    subscribers: FeedStatus
+    storage: StorageStatus
+    budgets: _containers.RepeatedCompositeFieldContainer[Budget]
+    lanes: LaneStatus
+    streams: int
+    cpu_seconds: float
+    certificate_expires: float
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., time: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., phase: _Optional[_Union[Phase, str]] = ..., phase_seconds: _Optional[float] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., table_count: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ..., recent_errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ..., engine: _Optional[_Union[EngineStatus, _Mapping]] = ..., log: _Optional[_Union[LogStatus, _Mapping]] = ..., subscribers: _Optional[_Union[FeedStatus, _Mapping]] = ..., storage: _Optional[_Union[StorageStatus, _Mapping]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., lanes: _Optional[_Union[LaneStatus, _Mapping]] = ..., streams: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., certificate_expires: _Optional[float] = ...) -> None: ...
+
+class TableStatus(_message.Message):
+    __slots__ = ("name", "rows", "bytes", "tiers", "requests", "pulled_keys", "pushed_keys", "damaged_blocks", "lost_rows")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LOST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rows: int
+    bytes: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
+    requests: int
+    pulled_keys: int
+    pushed_keys: int
+    damaged_blocks: int
+    lost_rows: int
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., requests: _Optional[int] = ..., pulled_keys: _Optional[int] = ..., pushed_keys: _Optional[int] = ..., damaged_blocks: _Optional[int] = ..., lost_rows: _Optional[int] = ...) -> None: ...
+
+class MethodStatus(_message.Message):
+    __slots__ = ("method", "requests", "keys", "bytes", "latency")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    requests: int
+    keys: int
+    bytes: int
+    latency: Timing
+    def __init__(self, method: _Optional[str] = ..., requests: _Optional[int] = ..., keys: _Optional[int] = ..., bytes: _Optional[int] = ..., latency: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class ErrorCount(_message.Message):
+    __slots__ = ("method", "code", "reason", "count")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    code: str
+    reason: str
+    count: int
+    def __init__(self, method: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class RecentError(_message.Message):
+    __slots__ = ("time", "method", "code", "reason", "message", "count")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    method: str
+    code: str
+    reason: str
+    message: str
+    count: int
+    def __init__(self, time: _Optional[float] = ..., method: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class EngineStatus(_message.Message):
+    __slots__ = ("busy_seconds", "waiting", "queue_wait", "failures")
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_WAIT_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    busy_seconds: float
+    waiting: int
+    queue_wait: Timing
+    failures: int
+    def __init__(self, busy_seconds: _Optional[float] = ..., waiting: _Optional[int] = ..., queue_wait: _Optional[_Union[Timing, _Mapping]] = ..., failures: _Optional[int] = ...) -> None: ...
+
+class LogStatus(_message.Message):
+    __slots__ = ("written_version", "durable_version", "first_version", "bytes", "backlog_bytes", "write", "fsync")
+    WRITTEN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    FSYNC_FIELD_NUMBER: _ClassVar[int]
+    written_version: int
+    durable_version: int
+    first_version: int
+    bytes: int
+    backlog_bytes: int
+    write: Timing
+    fsync: Timing
+    def __init__(self, written_version: _Optional[int] = ..., durable_version: _Optional[int] = ..., first_version: _Optional[int] = ..., bytes: _Optional[int] = ..., backlog_bytes: _Optional[int] = ..., write: _Optional[_Union[Timing, _Mapping]] = ..., fsync: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class FeedStatus(_message.Message):
+    __slots__ = ("subscribers", "lag_versions", "lag_seconds", "bytes", "messages", "freshness")
+    SUBSCRIBERS_FIELD_NUMBER: _ClassVar[int]
+    LAG_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    LAG_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    FRESHNESS_FIELD_NUMBER: _ClassVar[int]
+    subscribers: int
+    lag_versions: int
+    lag_seconds: float
+    bytes: int
+    messages: int
+    freshness: Timing
+    def __init__(self, subscribers: _Optional[int] = ..., lag_versions: _Optional[int] = ..., lag_seconds: _Optional[float] = ..., bytes: _Optional[int] = ..., messages: _Optional[int] = ..., freshness: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class StorageStatus(_message.Message):
+    __slots__ = ("flush_age_seconds", "flushes", "flush_failure", "flush", "checkpoint_age_seconds", "checkpoint", "checkpoint_write", "work")
+    FLUSH_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FLUSHES_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_WRITE_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    flush_age_seconds: float
+    flushes: int
+    flush_failure: str
+    flush: Timing
+    checkpoint_age_seconds: float
+    checkpoint: str
+    checkpoint_write: Timing
+    work: str
+    def __init__(self, flush_age_seconds: _Optional[float] = ..., flushes: _Optional[int] = ..., flush_failure: _Optional[str] = ..., flush: _Optional[_Union[Timing, _Mapping]] = ..., checkpoint_age_seconds: _Optional[float] = ..., checkpoint: _Optional[str] = ..., checkpoint_write: _Optional[_Union[Timing, _Mapping]] = ..., work: _Optional[str] = ...) -> None: ...
+
+class Budget(_message.Message):
+    __slots__ = ("name", "used", "limit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    used: int
+    limit: int
+    def __init__(self, name: _Optional[str] = ..., used: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class LaneStatus(_message.Message):
+    __slots__ = ("clients", "bytes")
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    clients: int
+    bytes: int
+    def __init__(self, clients: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
     __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")

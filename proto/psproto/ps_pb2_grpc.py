@@ -1526,6 +1526,11 @@ class InfoServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.DiagnoseRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.DiagnoseResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/ps.v1.InfoService/GetStatus',
+                request_serializer=psproto_dot_ps__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
 
 
 class InfoServiceServicer(object):
@@ -1546,6 +1551,15 @@ class InfoServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """Returns live figures of the shard for a display that reads them every second. Reads counters
+        only, and never waits for the engine. Answers during a restore too. During the start, the same
+        figures are at /status.json of the server's HTTP port.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InfoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1558,6 +1572,11 @@ def add_InfoServiceServicer_to_server(servicer, server):
                     servicer.Diagnose,
                     request_deserializer=psproto_dot_ps__pb2.DiagnoseRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.DiagnoseResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=psproto_dot_ps__pb2.GetStatusRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1614,6 +1633,33 @@ class InfoService(object):
             '/ps.v1.InfoService/Diagnose',
             psproto_dot_ps__pb2.DiagnoseRequest.SerializeToString,
             psproto_dot_ps__pb2.DiagnoseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.InfoService/GetStatus',
+            psproto_dot_ps__pb2.GetStatusRequest.SerializeToString,
+            psproto_dot_ps__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

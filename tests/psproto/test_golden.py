@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from google.protobuf.message import Message
+from live_examples import LIVE
 from wire_examples import (
     BF16,
     CACHE,
@@ -277,6 +278,7 @@ SMALL = [
         lineage=bytes(range(16)),
         durable_version=4,
     ),
+    *LIVE,
     LANE,
     SLICE,
     LANE_REGION,

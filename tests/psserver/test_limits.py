@@ -133,7 +133,10 @@ RULES: dict[str, tuple[Callable[[Peer], Any], tuple[str, str], set[str]]] = {
     "restores": (
         restoring,
         ("UNAVAILABLE", "RESTORING"),
-        {"InfoService/GetServerInfo", "InfoService/Diagnose", "CheckpointService/Restore"},
+        {
+            *("InfoService/GetServerInfo", "InfoService/Diagnose", "InfoService/GetStatus"),
+            "CheckpointService/Restore",
+        },
     ),
     "has its hands full": (full, ("RESOURCE_EXHAUSTED", "OVERLOADED"), set()),
     "has too many calls": (

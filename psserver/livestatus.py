@@ -1,0 +1,232 @@
+"""Collect the live figures of a shard that GetStatus, the status page and `psctl top` show.
+
+They are read every second, from any thread and during the start, so they are counters and sizes
+that other threads keep: nothing here waits for the engine, or looks at rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from psproto import RELEASE
+from psproto import ps_pb2 as pb
+from psserver.checkpoints import Checkpoints
+from psserver.config import ServerConfig
+from psserver.connections import Connections
+from psserver.engine import Engine
+from psserver.errors import Refused
+from psserver.feed import Feed
+from psserver.flusher import Flusher
+from psserver.lane import Lanes
+from psserver.phase import Phases
+from psserver.shard import Shard
+from psserver.stats import BOUNDS, ServiceStats, Traffic
+from storage.errors import UnknownTable
+from storage.versionlog import VersionLog
+
+MOST_TABLES = 256  # maximum number of tables in a status
+TOGETHER = 16  # tables that are described without a pause for other threads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The components of a recovered shard whose figures are shown.
+
+    log, feed, flusher  None: the shard has no data directory
+    lanes               None: the server offers no same-host lane
+    """
+
+    shard: Shard
+    checkpoints: Checkpoints
+    log: VersionLog | None = None
+    feed: Feed | None = None
+    flusher: Flusher | None = None
+    lanes: Lanes | None = None
+
+
+class LiveStatus:
+    """Reads the figures of one server, from the start of its process on. Thread-safe.
+
+    phases       what the server is doing
+    connections  client connections of gRPC
+    start        random number of this start of the process
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        phases: Phases,
+        stats: ServiceStats,
+        engine: Engine,
+        connections: Connections,
+    ) -> None:
+        self.phases = phases
+        self.start = 1 + secrets.randbits(63)
+        self._started = time.monotonic()
+        self._config = config
+        self._stats = stats
+        self._engine = engine
+        self._connections = connections
+        self._parts: Parts | None = None
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the process started."""
+        return time.monotonic() - self._started
+
+    def attach(self, parts: Parts) -> None:
+        """Show the figures of a recovered shard from now on."""
+        self._parts = parts
+
+    def read(self, most_tables: int = MOST_TABLES) -> pb.GetStatusResponse:
+        """Return the figures.
+
+        most_tables  maximum number of tables in the result
+        """
+        config, parts = self._config, self._parts
+        phase, seconds = self.phases.now()
+        status = pb.GetStatusResponse(
+            release=RELEASE,
+            shard=config.shard,
+            shards=config.shards,
+            cluster=config.cluster,
+            advertise=config.advertise,
+            start=self.start,
+            time=time.time(),
+            uptime_seconds=self.uptime,
+            phase=phase,
+            phase_seconds=seconds,
+            cpu_seconds=time.process_time(),
+        )
+        if parts is not None:
+            self._read_tables(parts.shard, most_tables, status)
+            self._read_traffic(status)
+            self._read_parts(parts, status)
+            status.budgets.extend(self._budgets(parts))
+        return status
+
+    def _read_tables(self, shard: Shard, most: int, status: pb.GetStatusResponse) -> None:
+        """Fill in the version, the totals, and the ``most`` tables with the most rows."""
+        names = shard.tables()
+        sizes = [(shard.rows(name), name) for name in names]
+        status.version, status.table_count = shard.version, len(names)
+        status.rows = sum(rows for rows, _ in sizes)
+        traffic = self._by_table()
+        for at, (_, name) in enumerate(heapq.nlargest(most, sizes)):
+            try:
+                stats = shard.describe(name)[1]
+            except (UnknownTable, Refused):  # dropped, or replaced by one that is being filled
+                continue
+            requests, pulled, pushed = traffic.get(name, (0, 0, 0))
+            status.tables.add(
+                name=name,
+                rows=stats.rows,
+                bytes=stats.bytes,
+                tiers=[pb.TierStats(**asdict(tier)) for tier in stats.tiers],
+                requests=requests,
+                pulled_keys=pulled,
+                pushed_keys=pushed,
+                damaged_blocks=stats.damage[0],
+                lost_rows=stats.damage[1],
+            )
+            if at % TOGETHER == 0:
+                time.sleep(0)  # lets a thread that serves requests run
+
+    def _by_table(self) -> dict[str, tuple[int, int, int]]:
+        """Return table -> (requests, keys pulled, keys pushed)."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for (method, table), traffic in list(self._stats.traffic.items()):
+            requests, pulled, pushed = found.get(table, (0, 0, 0))
+            pulled += traffic.keys if method == "Pull" else 0
+            pushed += traffic.keys if method == "Push" else 0
+            found[table] = requests + traffic.requests, pulled, pushed
+        return found
+
+    def _read_traffic(self, status: pb.GetStatusResponse) -> None:
+        """Fill in requests, errors and the engine's figures."""
+        methods: dict[str, list[Traffic]] = {}
+        for (method, _), traffic in list(self._stats.traffic.items()):
+            methods.setdefault(method, []).append(traffic)
+        for method, each in sorted(methods.items()):
+            status.methods.add(
+                method=method,
+                requests=sum(traffic.requests for traffic in each),
+                keys=sum(traffic.keys for traffic in each),
+                bytes=sum(traffic.bytes for traffic in each),
+                latency=_timing(each),
+            )
+        for (method, code, reason), count in list(self._stats.errors.items()):
+            status.errors.add(method=method, code=code, reason=reason, count=count)
+        status.recent_errors.extend(self._stats.recent.newest())
+        status.streams = self._stats.streams
+        status.engine.waiting = self._engine.waiting
+        status.engine.failures = self._engine.failures
+
+    def _read_parts(self, parts: Parts, status: pb.GetStatusResponse) -> None:
+        """Fill in the figures of log, subscriptions, flushes, checkpoints and lane."""
+        if (log := parts.log) is not None:
+            status.log.MergeFrom(
+                pb.LogStatus(
+                    written_version=log.written,
+                    durable_version=log.durable,
+                    first_version=log.first,
+                    bytes=sum(each.size for each in list(log.files.segments)),
+                    backlog_bytes=log.backlog,
+                )
+            )
+        if (feed := parts.feed) is not None:
+            versions, seconds = feed.lag
+            status.subscribers.MergeFrom(
+                pb.FeedStatus(
+                    subscribers=feed.subscribers,
+                    lag_versions=versions,
+                    lag_seconds=seconds,
+                    bytes=feed.bytes,
+                    messages=feed.messages,
+                )
+            )
+        if (flusher := parts.flusher) is not None:
+            status.storage.MergeFrom(
+                pb.StorageStatus(
+                    flush_age_seconds=time.monotonic() - flusher.flushed,
+                    flushes=flusher.rounds,
+                    flush_failure=flusher.failure[:256],
+                    work=parts.checkpoints.work.running,
+                )
+            )
+        if (lanes := parts.lanes) is not None:
+            status.lanes.clients, status.lanes.bytes = lanes.clients, lanes.regions.bytes
+
+    def _budgets(self, parts: Parts) -> list[pb.Budget]:
+        """Return the limited resources of the shard."""
+        config, shard, stats = self._config, parts.shard, self._stats
+        found = [
+            ("host_bytes", shard.budget.held, shard.budget.limit),
+            ("max_inflight_bytes", stats.inflight_bytes, config.max_inflight_bytes),
+            ("max_sessions", len(shard.sessions), config.max_sessions),
+            ("max_tables", len(shard.tables()), config.max_tables),
+            ("max_connections", self._connections.count, config.max_connections),
+        ]
+        if shard.gpu is not None:
+            found.append(("hbm_bytes", shard.gpu.budget.held, shard.gpu.budget.limit))
+        if parts.log is not None:
+            found.append(("log_backlog_bytes", parts.log.memory, config.memory.backlog))
+        if parts.feed is not None:
+            found.append(("max_subscribers", parts.feed.subscribers, config.max_subscribers))
+        if parts.lanes is not None:
+            found.append(("lane_bytes", parts.lanes.regions.bytes, config.lane_bytes))
+        return [pb.Budget(name=name, used=used, limit=limit) for name, used, limit in found]
+
+
+def _timing(some: Sequence[Traffic]) -> pb.Timing:
+    """Return the latencies of some requests, as one histogram."""
+    return pb.Timing(
+        count=sum(each.requests for each in some),
+        seconds=sum(each.seconds for each in some),
+        bounds=BOUNDS,
+        buckets=[sum(counts) for counts in zip(*(each.buckets for each in some), strict=True)],
+    )
