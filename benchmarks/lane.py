@@ -249,8 +249,14 @@ def trainers(report: Report, work: Work) -> None:
     report.section(
         f"{TRAINERS} trainers at once, {os.cpu_count()} cores",
         [
-            {"B": f"{batch:,}", "contender": names[which], "steps/s": steps / SECONDS}
-            for (batch, which), steps in zip(TURNS, done, strict=True)
+            {
+                "B": f"{batch:,}",
+                "contender": names[which],
+                "steps/s": done[turn] / SECONDS,
+                # each turn of the lane follows one of the stream
+                "x stream": done[turn] / done[turn - 1] if which == "require" else 1.0,
+            }
+            for turn, (batch, which) in enumerate(TURNS)
         ],
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -293,6 +294,18 @@ class TestFaults:
 
         monkeypatch.setattr(LiftedTier, "_move", mix)
         assert found(FakeDevice(mode))
+
+    def test_a_move_that_does_not_wait_is_seen(
+        self, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        move = LiftedTier._move
+
+        def hurry(self: LiftedTier, up: Any, down: Any) -> None:
+            with mock.patch.object(staging.Staging, "finish", lambda _: None):
+                move(self, up, down)
+
+        monkeypatch.setattr(LiftedTier, "_move", hurry)
+        assert found(FakeDevice(mode), rounds=300)
 
     def test_a_scan_that_does_not_follow_the_engine_is_seen(self, mode: str) -> None:
         assert found(NeverFollows(FakeDevice(mode)), rounds=300)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, DIMS, exact
+from cases import CASES, DIMS, agree, exact
 from cold import ColdTable
 from fakedevice import FakeDevice
 from lifted import NONE, PIECE, make_gpu
@@ -27,6 +27,7 @@ from storage.table import Table
 from storage.tiers.hbm import HbmTier
 
 EXACT = [(name, p) for name, p in CASES if exact(make_optimizer(name, None, p))]
+SUMMED = [each for each in CASES if each not in EXACT]  # their steps add squares of a row
 KEYS = 600
 pytestmark = needs_compiler
 
@@ -167,6 +168,32 @@ def test_random_operations_in_three_tiers_give_the_bits_of_host_memory(
         used |= twins.run(60)
         evicted += twins.evicted
     assert evicted > 20
+    assert used == {"hbm", "host", "lmdb"}
+
+
+@pytest.mark.parametrize("mode", ["late", "random"])
+@pytest.mark.parametrize(("name", "parameters"), SUMMED)
+def test_an_optimizer_that_sums_over_a_row_agrees_in_three_tiers(
+    name: str, parameters: dict[str, float], mode: str, memory: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(rowstore, "HbmTier", RestlessTier)
+    optimizer, used = make_optimizer(name, None, parameters), set[str]()
+    for dim in (3, 33):
+        device = FakeDevice(mode, seed=dim)
+        twins = Twins(schema(dim, optimizer), memory / str(dim), device, seed=dim)
+        for version in range(1, 41):
+            some, step = twins.some(), {"version": version, "step": version}
+            gradients = twins.rng.standard_normal((len(some), dim)).astype(np.float32)
+            counts = np.ones(len(some), np.uint32)
+            for table in twins.tables:
+                table.push(some, gradients.copy(), counts, **step)
+            if version % 5 == 0:
+                twins.flush()
+            used |= {tier.tier for tier in twins.cold.table.store.stats() if tier.rows}
+        one, other = (table.dump() for table in twins.tables)
+        assert one.meta.tobytes() == other.meta.tobytes()
+        assert agree(optimizer, one.rows, other.rows)
+        twins.cold.close()
     assert used == {"hbm", "host", "lmdb"}
 
 
