@@ -14,7 +14,7 @@ BACKENDS = with-keras-torch with-keras-jax with-keras-tensorflow  # Keras has th
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold slow gpu check manifests image pods bench proto clean
+.PHONY: demo test quick cold slow gpu check manifests image pods bench fuzz proto clean
 .PHONY: frameworks with-torchrec with-jax $(BACKENDS)
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
@@ -120,6 +120,10 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.lane
 	$(RUN) -m benchmarks.restart
 	$(RUN) -m benchmarks.models
+
+fuzz: .venv/dev  ## 10 minutes for each decoder that the network reaches; finds seeds for the tests
+	$(PIP) -e '.[fuzz]'
+	$(RUN) -m tests.fuzz
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \
