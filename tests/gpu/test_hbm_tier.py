@@ -301,7 +301,7 @@ class TestFaults:
         move = LiftedTier._move
 
         def hurry(self: LiftedTier, up: Any, down: Any) -> None:
-            with mock.patch.object(staging.Staging, "finish", lambda _: None):
+            with mock.patch.object(staging.Staging, "finish", return_value=None):
                 move(self, up, down)
 
         monkeypatch.setattr(LiftedTier, "_move", hurry)
