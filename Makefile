@@ -145,7 +145,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,export,onnx,report,deploy,dev]'
+	$(PIP) -e '.[server,torch,export,onnx,report,load,deploy,dev]'
 	$(RUN) tests/deploy/tools.py .venv/bin
 	touch $@
 

@@ -154,6 +154,14 @@ tools/listing.py                aligned columns of text for the terminal
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
 tools/page.py                   an analysis as an HTML page
+tools/bench/plan.py             what a load test sends: mix, keys, tables, clients
+tools/bench/arrivals.py         when the requests of an open loop start
+tools/bench/draws.py            which keys a request has: Zipf, uniform, recent keys
+tools/bench/mixes.py            what a request does: pulls, pushes, training steps
+tools/bench/latencies.py        histograms of latencies, merged over processes
+tools/bench/worker.py           process that sends requests
+tools/bench/result.py           what a run measured
+tools/bench/fleet.py            the tables and processes of a load test
 tools/commands/shell.py         options, connection and error handling of all commands
 tools/commands/cluster.py       psctl status, tail
 tools/commands/doctor.py        psctl doctor

@@ -42,6 +42,14 @@ listing.py                aligned columns of text for the terminal
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
 page.py                   an analysis as an HTML page
+bench/plan.py             what a load test sends: mix, keys, tables, clients
+bench/arrivals.py         when the requests of an open loop start
+bench/draws.py            which keys a request has: Zipf, uniform, recent keys
+bench/mixes.py            what a request does: pulls, pushes, training steps
+bench/latencies.py        histograms of latencies, merged over processes
+bench/worker.py           process that sends requests
+bench/result.py           what a run measured
+bench/fleet.py            the tables and processes of a load test
 commands/shell.py         options, connection and error handling of all commands
 commands/cluster.py       psctl status, tail
 commands/doctor.py        psctl doctor
