@@ -14,7 +14,7 @@ BACKENDS = with-keras-torch with-keras-jax with-keras-tensorflow  # Keras has th
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold slow gpu check manifests image pods bench fuzz proto clean
+.PHONY: demo test quick cold slow gpu check manifests image pods bench audit fuzz proto clean
 .PHONY: frameworks with-torchrec with-jax $(BACKENDS)
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
@@ -86,6 +86,7 @@ check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, genera
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(RUN) -m bandit --quiet -c pyproject.toml -r proto/psproto storage psserver psclient deploy
 	$(RUN) -m pytest -q tests/test_layering.py
 	tests/generated.sh
 
@@ -120,6 +121,9 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.lane
 	$(RUN) -m benchmarks.restart
 	$(RUN) -m benchmarks.models
+
+audit: .venv/dev  ## known vulnerabilities of the dependencies; needs the advisories of PyPI
+	$(RUN) -m pip_audit --strict -r constraints.txt --no-deps --disable-pip
 
 fuzz: .venv/dev  ## 10 minutes for each decoder that the network reaches; finds seeds for the tests
 	$(PIP) -e '.[fuzz]'
