@@ -4,6 +4,8 @@
   - InvalidArgument    an argument breaks a rule. Nothing was applied
   - TableNotFound      the table does not exist, on at least one shard
   - SchemaMismatch     the schema of the table is not the expected one, or differs between shards
+  - Unauthenticated    the call had no valid credential: set token_file or a client certificate
+  - PermissionDenied   the server's policy does not allow this to the caller
   - WrongShard         a shard refused a key, even after the client fetched the newest shard map
   - SessionExpired     the server no longer knows whether it applied an earlier attempt of a push
   - ResourceExhausted  the server is over one of its limits, or out of memory or disk space
@@ -72,6 +74,21 @@ class SchemaMismatch(PsError):
     """The schema of the table is not the expected one, or differs between shards.
 
     For example, the table was dropped and created anew with a different dim.
+    """
+
+
+class Unauthenticated(PsError):
+    """The call had no valid credential: a bearer token or a client certificate. Never retried.
+
+    Nothing was applied, unless the credential was revoked while a stream was in use.
+    """
+
+
+class PermissionDenied(PsError, PermissionError):
+    """The server's policy does not allow this to the caller. Never retried.
+
+    The message names the principal, the verb that it lacks, and the table. Nothing was applied,
+    unless a right was revoked while a stream was in use.
     """
 
 
@@ -192,6 +209,8 @@ class PushFailed(PsError):
 
 
 REASONS: dict[str, type[PsError]] = {
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "TABLE_NOT_FOUND": TableNotFound,
     "SCHEMA_MISMATCH": SchemaMismatch,
     "DIM_MISMATCH": SchemaMismatch,  # the client remembered the dim of a table that was recreated
@@ -216,9 +235,11 @@ CODES: dict[int, type[PsError]] = {  # by number of google.rpc.Code, for errors 
     1: Unavailable,  # the server starts or stops, or reached a limit of gRPC
     3: InvalidArgument,
     4: DeadlineExceeded,
+    7: PermissionDenied,
     8: ResourceExhausted,
     14: Unavailable,
     15: DataLoss,
+    16: Unauthenticated,
 }
 
 

@@ -5,6 +5,15 @@ A shard is the part of every table that one server stores. The modules, from the
 errors.py        exceptions with which a request is refused
 addresses.py     hosts and ports to listen on
 unusable.py      the error of a setting that cannot be used
+status.py        convert errors to gRPC statuses
+loops.py         calls from other threads to an event loop
+pool.py          thread pool whose threads do not block the exit of the process
+security/verbs.py       the verbs of a policy, and the rights that each gRPC method needs
+security/budgets.py     limit the requests and bytes of one principal
+security/policy.py      read a policy: principals, their credentials, rights and budgets
+security/audit.py       write a line for each change and each refused attempt
+security/policyfile.py  read the policy file again when it changes
+security/guard.py       find out who calls, and refuse what the policy does not allow
 memory.py        find the memory limit of the process, and divide it among its uses
 flaghelp.py      format the text of `psserver serve --help`
 tablesettings.py  settings of single tables
@@ -33,7 +42,6 @@ reads.py         the methods of a shard that change nothing
 preloads.py      load rows from disk into host memory, on the engine thread
 shard.py         one shard's rows of every table, and the changes to them; no networking
 gpu.py           open the GPU, and end the process if it fails
-loops.py         calls from other threads to an event loop
 busypoll.py      keep an event loop awake for a short time
 engine.py        the thread that owns the shard
 sweeper.py       evict rows in the background and on demand
@@ -83,9 +91,7 @@ warm.py          compile the kernels before they are needed
 datadir.py       lock, recover and close a shard's data directory
 doctor.py        check whether the machine and the settings suit a server
 phase.py         what a server is doing, from its start to its stop
-status.py        convert errors to gRPC statuses
 limits.py        admit requests: memory in flight, restore, drain
-pool.py          thread pool whose threads do not block the exit of the process
 workers.py       the thread pools of a server
 transport.py     gRPC options that limit memory
 identity.py      the shard that this server is, and the one that a call is for

@@ -26,10 +26,13 @@ class Call:
     """A running call that pauses until the client allows its next step with a Continue request.
 
     progress  progress of the call; knows whether the client still waits for the result
+
+    principal  name of the principal that made the call, the only one that may continue it
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self.principal = progress.principal
         self._reached = Step.STEP_UNSPECIFIED
         self._changed = threading.Event()
 
@@ -61,7 +64,8 @@ class Calls:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, Call] = {}
-        self._ended: deque[str] = deque(maxlen=MAX_ENDED)
+        # (id, principal) of each
+        self._ended: deque[tuple[str, str]] = deque(maxlen=MAX_ENDED)
 
     @contextmanager
     def open(self, id: str, progress: Progress) -> Iterator[Call]:
@@ -73,7 +77,7 @@ class Calls:
         require_id("id", id)
         call = Call(progress)
         with self._lock:
-            if id in self._open or id in self._ended:
+            if id in self._open or any(id == ended for ended, _ in self._ended):
                 raise BadRequest(
                     "INVALID_ARGUMENT", f"id {id} was used before: choose a new random id"
                 )
@@ -86,17 +90,22 @@ class Calls:
             raise
         with self._lock:
             del self._open[id]
-            self._ended.append(id)
+            self._ended.append((id, call.principal))
 
-    def proceed(self, request: pb.ContinueRequest) -> pb.ContinueResponse:
+    def proceed(self, request: pb.ContinueRequest, principal: str = "") -> pb.ContinueResponse:
         """Answer a Continue request: let a waiting call start or finish its work.
 
         The request has the call's id, and STEP_START or STEP_FINISH. Idempotent. Raises UnknownCall
-        unless the call is running, or ended recently without an error.
+        unless the call is running, or ended recently without an error, and belongs to the same
+        principal as the request.
+
+        principal  name of the principal that continues it; "": there is no policy
         """
         with self._lock:
             call = self._open.get(request.id)
-            if call is None and request.id not in self._ended:
+            if call is not None and call.principal != principal:
+                call = None
+            if call is None and (request.id, principal) not in self._ended:
                 raise UnknownCall(
                     f"no call with id {request.id[:16]!r} is in progress on this shard: it failed,"
                     " ended long ago or never began"

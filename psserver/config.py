@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -44,6 +44,21 @@ class ServerConfig(ShardSettings):
         frozen=True,
         cli_kebab_case=True,
         cli_prog_name="psserver serve",
+    )
+
+    policy_file: Path | None = Field(
+        None,
+        examples=["/etc/psserver/policy.toml"],
+        description="TOML file that names the principals who may use this server, and what each of"
+        " them may do (docs/security.md). What it does not allow is refused. It is read again when"
+        " it changes. Without it, everybody who reaches the port may do everything",
+    )
+    audit_file: Path | None = Field(
+        None,
+        examples=["/var/log/psserver/audit.jsonl"],
+        description="File to which a line is appended for each change of tables or checkpoints and"
+        " for refused attempts. Without it, the lines go to the server's log if policy_file is set,"
+        " and otherwise nowhere",
     )
 
     @classmethod

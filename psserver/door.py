@@ -14,6 +14,8 @@ from psserver.connections import Connections
 from psserver.errors import OtherShard, Overloaded, Refused, TooLarge
 from psserver.identity import IDENTITY, Identity
 from psserver.limits import CONTROL_BYTES
+from psserver.security.guard import Guard
+from psserver.security.verbs import METHODS
 from psserver.status import abort
 
 STREAMS = 1024  # maximum number of open streams of health checks and reflection
@@ -25,19 +27,25 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Finds the handler of each gRPC method. Until ``open``, it refuses methods of ps.v1.
 
+    A call without a valid credential learns nothing, not even which shard this is.
+
     connections  counts the complete messages of each connection
     refusal      the error with which calls are refused until ``open``
     identity     this shard; calls of ps.v1 that name a different one are refused
+    guard        finds out who calls, and what the caller may do
     """
 
-    def __init__(self, connections: Connections, refusal: Refused, identity: Identity) -> None:
+    def __init__(
+        self, connections: Connections, refusal: Refused, identity: Identity, guard: Guard
+    ) -> None:
         self._connections = connections
+        self._guard = guard
         self._identity = identity
         self._right = ""  # newest value of the metadata IDENTITY that named this shard
         self._methods: dict[str, Handler] = {}
         self._opened = False
         self._streams = 0  # open streams of services other than ps.v1
-        self._closed = _refusing(refusal)
+        self._refusal = refusal
 
     def open(self, methods: Mapping[str, Handler]) -> None:
         """Begin to serve methods.
@@ -54,11 +62,27 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             for key, value in handler_call_details.invocation_metadata:
                 if key == IDENTITY and value != self._right:
                     if (expected := self._identity.differs(value)) is not None:
-                        return _refusing(OtherShard(str(self._identity), expected))
+                        error = OtherShard(str(self._identity), expected)
+                        return self._refusing(method, error)
                     self._right = value
             if not self._opened:
-                return self._closed
+                return self._refusing(method, self._refusal)
         return self._methods.get(method)
+
+    def _refusing(self, method: str, error: Refused) -> Handler:
+        """Return a handler, for all kinds of methods, that refuses each call with ``error``, or for
+        the lack of a right to call ``method``.
+        """
+
+        async def refuse(_: Any, context: Context) -> None:
+            try:
+                if method in METHODS:
+                    self._guard.actor(method, context, context.peer())
+            except Refused as denied:
+                await abort(context, denied)
+            await abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     # ---- the interface of a server that generated code uses
 
@@ -74,7 +98,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         Messages of more than CONTROL_BYTES are refused before they are parsed.
         """
         for name, handler in handlers.items():
-            self._methods[f"/{service}/{name}"] = self._limited(handler)
+            path = f"/{service}/{name}"
+            self._methods[path] = self._limited(path, handler)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
@@ -93,8 +118,12 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self._streams -= 1
 
-    def _limited(self, handler: Handler) -> Handler:
-        """Wrap a handler of health checks or reflection: limit its messages and its streams."""
+    def _limited(self, path: str, handler: Handler) -> Handler:
+        """Wrap a handler of health checks or reflection: limit its messages and its streams, and
+        require the right to call it.
+
+        path  full name of the method
+        """
         parse, answer = handler.request_deserializer, handler.response_serializer
 
         def read(data: bytes, context: Context) -> Any:
@@ -115,6 +144,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         async def unary(data: bytes, context: Context) -> Any:
             try:
+                self._guard.actor(path, context, context.peer())
                 request = read(data, context)
             except (Refused, codec.Malformed) as error:
                 del data
@@ -123,7 +153,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         async def watch(data: bytes, context: Context) -> None:
             try:
-                with self._stream():
+                actor = self._guard.actor(path, context, context.peer())
+                with self._stream(), actor.watched():
                     await handler.unary_stream(read(data, context), context)
             except (Refused, codec.Malformed) as error:
                 del data
@@ -131,7 +162,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         async def stream(many: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             try:
-                with self._stream():
+                actor = self._guard.actor(path, context, context.peer())
+                with self._stream(), actor.watched():
                     async for reply in handler.stream_stream(requests(many, context), context):
                         yield reply
             except (Refused, codec.Malformed) as error:
@@ -142,12 +174,3 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(watch, None, answer)
         return grpc.unary_unary_rpc_method_handler(unary, None, answer)
-
-
-def _refusing(error: Refused) -> Handler:
-    """Return a handler, for all kinds of methods, that refuses each call with ``error``."""
-
-    async def refuse(_: Any, context: Context) -> None:
-        await abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)

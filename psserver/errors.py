@@ -4,6 +4,9 @@ A token is a subscriber's position in the version log, the shard's record of eve
 
 * Refused
   - BadRequest        the request is invalid; ``reason`` names the violated rule
+  - Unauthenticated   the call has no valid credential
+  - PermissionDenied  the policy does not allow this to the principal
+  - BudgetExceeded    the principal uses more than its budget; retry later
   - WrongShard        a key belongs to another shard
   - NotAlterable      the field of a table is fixed at the table's creation
   - StepTooFar        a push has a step too far ahead of the table's largest step
@@ -58,6 +61,43 @@ class BadRequest(Refused):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class Unauthenticated(Refused):
+    """The call has no valid credential."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(Refused):
+    """The policy does not allow this to the principal.
+
+    verb   verb that the principal lacks; "any": each verb would be enough
+    table  table for which it lacks it; "": the verb is not about a table; "*": about all tables
+    """
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, principal: str, verb: str, table: str) -> None:
+        on = f" on table {table[:200]!r}" if table not in ("", "*") else ""
+        on = " on all tables (pattern *)" if table == "*" else on
+        lacks = "has no right" if verb == "any" else f"lacks the verb {verb!r}"
+        super().__init__(f"principal {principal!r} {lacks}{on}: ask for it in the policy file")
+        self._metadata = {"principal": principal, "verb": verb, "table": table[:200]}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+
+class BudgetExceeded(Refused):
+    """The principal uses more than its budget; retry after ``seconds``."""
+
+    reason = "BUDGET_EXCEEDED"
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after = seconds
 
 
 class WrongShard(Refused):

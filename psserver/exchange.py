@@ -22,6 +22,7 @@ from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.limits import Limits, Reservation
 from psserver.requests import Delete, Pull, Push
+from psserver.security.guard import Actor
 from psserver.shard import Shard
 from psserver.workers import Workers
 from storage.versionlog import VersionLog
@@ -84,50 +85,64 @@ class Exchanges:
         self._feed = feed
         self._runs = runs
 
-    async def pull(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
+    async def pull(
+        self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
+    ) -> bytes:
         """Run the encoded PullRequest ``data``; return the encoded PullResponse.
 
         deadline     monotonic seconds; after it the pull is not started
         reservation  bytes in flight of the request and its reply
+        actor        who calls
         """
-        done = await self._exchange(_decode_pull, data, deadline, reservation)
+        done = await self._exchange(actor.checking(_decode_pull), data, deadline, reservation)
         return codec.encode_pulled(done.pulls[0])
 
-    async def push(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
+    async def push(
+        self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
+    ) -> bytes:
         """Run the encoded PushRequest ``data``; return the encoded PushResponse.
 
         deadline     monotonic seconds; after it the push is not started
         reservation  bytes in flight of the request and its reply
+        actor        who calls
         """
-        done = await self._exchange(_decode_push, data, deadline, reservation)
+        done = await self._exchange(actor.checking(_decode_push), data, deadline, reservation)
         return bytes(done.pushes[0].SerializeToString())
 
-    async def exchange(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
+    async def exchange(
+        self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
+    ) -> bytes:
         """Run the encoded ExchangeRequest ``data``; return the encoded ExchangeResponse.
 
         deadline     monotonic seconds; after it the exchange is not started
         reservation  bytes in flight of the request and its reply
+        actor        who calls
         """
-        done = await self._exchange(_decode_exchange, data, deadline, reservation)
+        done = await self._exchange(actor.checking(_decode_exchange), data, deadline, reservation)
         return codec.encode_exchanged(done)
 
-    async def delete(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
+    async def delete(
+        self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
+    ) -> bytes:
         """Run the encoded DeleteRequest ``data``; return the encoded DeleteResponse.
 
         deadline     monotonic seconds; after it the delete is not started
         reservation  bytes in flight of the request and its reply
+        actor        who calls
         """
         start = time.perf_counter()
-        change = self._at_once(self._read_delete, data, len(data))
+        read = partial(self._read_delete, actor)
+        change = self._at_once(read, data, len(data))
         if change is None:
-            change = await self._on_thread(self._read_delete, data, reservation)
-        try:
-            done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
-        except asyncio.CancelledError:
-            reservation.release_after(self._engine.submit(lambda: None))
-            raise
-        if self._feed is not None:
-            done.durable_version = await self._feed.settled(done.version, done.achieved)
+            change = await self._on_thread(read, data, reservation)
+        async with actor.recorded_rows(change.table, len(change.keys)):
+            try:
+                done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
+            except asyncio.CancelledError:
+                reservation.release_after(self._engine.submit(lambda: None))
+                raise
+            if self._feed is not None:
+                done.durable_version = await self._feed.settled(done.version, done.achieved)
         seconds, keys = time.perf_counter() - start, change.keys
         self._limits.stats.served("Delete", change.table, len(keys), keys.nbytes, seconds)
         return bytes(done.SerializeToString())
@@ -220,12 +235,15 @@ class Exchanges:
             return header, error.with_traceback(None)
         return header, Checked(exchange, pushes, pulls)
 
-    def _read_delete(self, data: bytes, budget: int) -> Delete:
+    def _read_delete(self, actor: Actor, data: bytes, budget: int) -> Delete:
         """Decode and check a delete.
 
+        actor   who calls
         budget  maximum number of protobuf fields; raises codec.TooManyFields if there are more
         """
-        return self._checks.delete(codec.decode_delete(data, budget))
+        message = codec.decode_delete(data, budget)
+        actor.require_right("delete", message.header.table)
+        return self._checks.delete(message)
 
     def begin(
         self,

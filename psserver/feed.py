@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -87,15 +87,22 @@ class Feed:
             if subscription.sender.writing:
                 task.cancel()
 
-    async def serve(self, data: bytes, write: Write) -> None:
+    async def serve(
+        self,
+        data: bytes,
+        write: Write,
+        check: Callable[[pb.SubscribeRequest], None] = lambda _: None,
+    ) -> None:
         """Serve one subscription until it fails or the server stops. Never returns normally.
 
         data   encoded SubscribeRequest
         write  sends one message; waits while the subscriber does not read
+        check  raises PermissionDenied if the subscriber may not read these tables
 
         Always ends by raising an error, which the caller sends to the subscriber.
         """
         request = parse(data)
+        check(request)
         wanted = read_wanted(request)
         self.source.check_draining()
         if len(self._running) >= self._most:

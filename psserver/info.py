@@ -13,6 +13,7 @@ from psproto import ps_pb2 as pb
 from psserver.config import ServerConfig
 from psserver.doctor import examine
 from psserver.livestatus import LiveStatus
+from psserver.security.guard import Proof
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
@@ -27,7 +28,8 @@ class ServerInfo:
     live     live figures of the server
     log      version log; None: the shard has no data directory
     flushed  returns the monotonic time of the last flush, in seconds; None: no data directory
-    lane     how clients reach the same-host lane; None: the server offers none
+    lane     returns how a client with a credential reaches the same-host lane; None: the server
+             offers none
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class ServerInfo:
         live: LiveStatus,
         log: VersionLog | None = None,
         flushed: Callable[[], float] | None = None,
-        lane: pb.Lane | None = None,
+        lane: Callable[[Proof], pb.Lane] | None = None,
     ) -> None:
         self._shard = shard
         self._config = config
@@ -46,8 +48,11 @@ class ServerInfo:
         self._flushed = flushed
         self._lane = lane
 
-    async def read(self) -> pb.GetServerInfoResponse:
-        """Return the response. While many tables are counted, the event loop runs other calls."""
+    async def read(self, proof: Proof) -> pb.GetServerInfoResponse:
+        """Return the response. While many tables are counted, the event loop runs other calls.
+
+        proof  credential of the caller
+        """
         shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
         tables, rows = shard.tables(), 0
         for at in range(0, len(tables), COUNTED):
@@ -79,7 +84,7 @@ class ServerInfo:
             gpu_bytes=0 if shard.gpu is None else shard.gpu.budget.held,
             gpu_budget_bytes=0 if shard.gpu is None else shard.gpu.budget.limit,
             gpu_paused=shard.gpu is not None and shard.gpu.paused,
-            lane=self._lane,
+            lane=None if self._lane is None else self._lane(proof),
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )
 

@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import structlog
@@ -24,6 +24,8 @@ from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, Refused
 from psserver.limits import Limits
 from psserver.regions import GpuRegion, Regions
+from psserver.security.budgets import Budget
+from psserver.security.guard import Actor, Guard, Proof
 from psserver.status import status_of
 from psserver.stream import Streams
 from psserver.unusable import ConfigError
@@ -45,17 +47,22 @@ class Gone(ConnectionError):
 class Lanes:
     """The same-host lane of a server, from ``listen`` to ``close``. Must be used on the event loop.
 
-    path  path of the Unix socket
-    most  maximum total size of the memory that clients register, in bytes
+    path   path of the Unix socket
+    most   maximum total size of the memory that clients register, in bytes
+    guard  decides which exchanges the policy allows
 
-    offer    what GetServerInfo tells clients about the lane
     regions  the memory that clients have registered
+
+    Each credential gets its own token for the lane, so that the server knows who uses a connection.
     """
 
-    def __init__(self, path: Path, most: int) -> None:
-        self.offer = pb.Lane(path=str(path), token=secrets.token_bytes(16))
-        self.regions = Regions(most, self.offer.token)
-        self._path = path
+    def __init__(self, path: Path, most: int, guard: Guard) -> None:
+        self.regions = Regions(most)
+        self._offer = pb.Lane(path=str(path))
+        self._guard = guard
+        self._tokens: dict[Proof, bytes] = {}  # credential -> token
+        self._proofs: dict[bytes, Proof] = {}  # the reverse
+        self.path = path
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -68,7 +75,33 @@ class Lanes:
         except cudaipc.CudaError as error:
             log.warning("clients cannot share GPU memory with this server", error=str(error))
         else:
-            self.offer.gpu = self.regions.gpu.uuid
+            self._offer.gpu = self.regions.gpu.uuid
+
+    def offer_to(self, proof: Proof) -> pb.Lane:
+        """Return what GetServerInfo tells a client about the lane.
+
+        proof  credential of the client; NOBODY without a policy
+        """
+        token = self._tokens.get(proof)
+        if token is None:
+            token = self._tokens[proof] = secrets.token_bytes(16)
+            self._proofs[token] = proof
+        return pb.Lane(path=self._offer.path, token=token, gpu=self._offer.gpu)
+
+    def actor_of(self, token: bytes, peer: str) -> Actor:
+        """Return who uses a connection whose first message has ``token``.
+
+        Raises BadRequest for a token that was not given out, and Unauthenticated if the credential
+        of its client was revoked.
+        """
+        proof = self._proofs.get(token)
+        if proof is None:
+            raise BadRequest(
+                "LANE_REFUSED",
+                "the first message must have the token of the lane that GetServerInfo returns; the"
+                " server there may be a different one",
+            )
+        return self._guard.of_lane(proof, peer)
 
     @property
     def clients(self) -> int:
@@ -79,9 +112,9 @@ class Lanes:
         """Create the socket. Raises ConfigError if its path cannot be used."""
         self._loop = asyncio.get_running_loop()
         try:
-            self._listener = _listen(self._path)
+            self._listener = _listen(self.path)
         except OSError as error:
-            raise ConfigError(f"lane: cannot listen on {self._path}: {error}") from error
+            raise ConfigError(f"lane: cannot listen on {self.path}: {error}") from error
 
     def open(self, streams: Streams, limits: Limits) -> None:
         """Serve the connections from now on, after ``listen``.
@@ -100,7 +133,7 @@ class Lanes:
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         with suppress(OSError):
-            self._path.unlink()
+            self.path.unlink()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace)
         for task in self._tasks:
@@ -130,13 +163,15 @@ class Lanes:
 
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one connection until its end."""
-        client = _Client(connection, self._loop, self.regions, self.offer.token, self._limits)
-        began = False
+        began, watching = False, ExitStack()
+        client = _Client(connection, self._loop, self, self._limits, watching)
         try:
             client.require_same_user()
             self._limits.begin_call()
             began = True
-            if (broken := await self._streams.serve(client, METHOD)) is not None:
+            with watching:
+                broken = await self._streams.serve(client, METHOD)
+            if broken is not None:
                 await client.refuse(broken)
         except Refused as error:
             with suppress(OSError):
@@ -152,29 +187,33 @@ class Lanes:
 class _Client:
     """A connection of the lane: the Caller of a stream.
 
-    regions  the regions of all clients
-    token    16 bytes that the first message must have
-    limits   count long messages that are not complete yet
+    served    knows who uses the connection, and has the regions of all clients
+    limits    count long messages that are not complete yet
+    watching  ends the connection when the policy no longer allows what the client did
     """
 
     prompt = True
+    budget: Budget | None = None
 
     def __init__(
         self,
         connection: socket.socket,
         loop: asyncio.AbstractEventLoop,
-        regions: Regions,
-        token: bytes,
+        served: Lanes,
         limits: Limits,
+        watching: ExitStack,
     ) -> None:
         self._socket = connection
         self._fd = connection.fileno()
         self._loop = loop
-        self._regions = regions
+        self._served = served
+        self._regions = served.regions
         self._limits = limits
+        self._watching = watching
+        self._actor: Actor | None = None  # None: the client has not sent its token yet
+        self._token = b""
         self._own: dict[int, mmap.mmap] = {}
         self._own_gpu: dict[int, GpuRegion] = {}
-        self._token: bytes | None = token  # None: the client has sent it
         self._received = bytearray()  # the beginning of a message that is not complete
         self._fds: list[int] = []  # descriptors that no message has named yet
         self._waiter: asyncio.Future[bytes] | None = None  # of the task that reads
@@ -215,13 +254,13 @@ class _Client:
             if message is None:
                 return None
             request = lanes.parse(message)
-            if self._token is None and not request.regions:
+            if self._actor is not None and not request.regions:
                 return request
             try:
                 self._register(request)
             except Refused as error:
                 await self.write(self.encode(request.id, _status(error)))
-                if self._token is not None:
+                if self._actor is None:
                     return None
                 continue
             if request.pushes or request.pulls:
@@ -255,9 +294,11 @@ class _Client:
         self, message: pb.LaneRequest, budget: int
     ) -> tuple[pb.LaneRequest, codec.Exchange | Exception]:
         try:
-            return message, lanes.decode_request(message, self._own, budget, self._own_gpu)
+            exchange = lanes.decode_request(message, self._own, budget, self._own_gpu)
         except lanes.BadSlice as error:
             return message, BadRequest("INVALID_ARGUMENT", str(error))
+        assert self._actor is not None
+        return message, self._actor.refusal(exchange) or exchange
 
     async def refuse(self, error: Exception) -> None:
         """Send an error that ends the connection."""
@@ -268,15 +309,13 @@ class _Client:
     def _register(self, request: pb.LaneRequest) -> None:
         """Check the token of the first message; map the regions of a message.
 
-        Raises BadRequest or TooLarge.
+        Raises BadRequest, Unauthenticated or TooLarge.
         """
-        if self._token is not None and request.token != self._token:
-            raise BadRequest(
-                "LANE_REFUSED",
-                "the first message must have the token of the lane that GetServerInfo returns; the"
-                " server there may be a different one",
-            )
-        self._token = None
+        if self._actor is None:
+            self._actor = self._served.actor_of(request.token, f"unix:{self._served.path}")
+            self._token = request.token
+            self.budget = self._actor.budget
+            self._watching.enter_context(self._actor.watched())
         regions = [each for each in request.regions if each.kind != pb.LANE_KIND_CUDA]
         fds, self._fds = self._fds[: len(regions)], self._fds[len(regions) :]
         try:
@@ -287,7 +326,7 @@ class _Client:
                     f" got {len(fds)}",
                 )
             for region, fd in zip(regions, fds, strict=True):
-                self._regions.add(self._own, region, fd)
+                self._regions.add(self._own, region, fd, self._token)
         finally:
             for fd in fds:
                 os.close(fd)

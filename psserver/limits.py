@@ -12,18 +12,23 @@ from typing import Any
 from psserver.config import ServerConfig
 from psserver.errors import Draining, Overloaded, Restoring, TooLarge
 from psserver.restore import Restores
+from psserver.security.budgets import Budget
 from psserver.stats import ServiceStats
 
 CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 
 
 class Reservation:
-    """Counts the bytes of one message and its reply as in flight, until ``release`` or ``end``."""
+    """Counts the bytes of one message and its reply as in flight, until ``release`` or ``end``.
 
-    __slots__ = ("_handed_over", "_limits", "size")
+    budget  budget of the principal that sent the message; None: it has no limits
+    """
 
-    def __init__(self, limits: Limits, size: int) -> None:
+    __slots__ = ("_budget", "_handed_over", "_limits", "size")
+
+    def __init__(self, limits: Limits, size: int, budget: Budget | None = None) -> None:
         self._limits = limits
+        self._budget = budget
         self._handed_over = False
         self.size = size
 
@@ -37,12 +42,13 @@ class Reservation:
             self._limits.require_room(more)
         stats.inflight_bytes += more
         self.size += more
+        if self._budget is not None:
+            self._budget.add(more)
 
     def release(self) -> None:
         """Release all bytes. Does nothing if ``hand_over`` was called before."""
         if not self._handed_over:
-            self._limits.stats.inflight_bytes -= self.size
-            self.size = 0
+            self.end()
 
     def hand_over(self) -> None:
         """Make ``release`` do nothing, because the message is still in use.
@@ -54,6 +60,8 @@ class Reservation:
     def end(self) -> None:
         """Release all bytes after ``hand_over``."""
         self._limits.stats.inflight_bytes -= self.size
+        if self._budget is not None:
+            self._budget.end(self.size)
         self.size = 0
 
     def release_after(self, work: asyncio.Future[Any], size: int | None = None) -> None:
@@ -63,13 +71,14 @@ class Reservation:
         """
         if size is not None:
             self._limits.stats.inflight_bytes += size - self.size
+            if self._budget is not None:
+                self._budget.end(self.size - size)
             self.size = size
         self._handed_over = True
         work.add_done_callback(self._ended)
 
     def _ended(self, _: asyncio.Future[Any]) -> None:
-        self._limits.stats.inflight_bytes -= self.size
-        self.size = 0
+        self.end()
 
 
 class Limits:
@@ -89,13 +98,21 @@ class Limits:
         self._calls = 0  # running calls, without subscriptions
         self._idle: asyncio.Event | None = None  # ``idle`` waits for it; set when no call runs
 
-    def admit(self, size: int, *, arrays: bool = True, during_restore: bool = False) -> Reservation:
+    def admit(
+        self,
+        size: int,
+        *,
+        arrays: bool = True,
+        during_restore: bool = False,
+        budget: Budget | None = None,
+    ) -> Reservation:
         """Admit a message of ``size`` bytes. Returns the reservation of its bytes.
 
         arrays          the message may contain arrays; a message without arrays must be small
         during_restore  admit the message even while a restore blocks the shard
+        budget          budget of the principal that sent it; None: it has no limits
 
-        Raises Draining, Restoring, TooLarge or Overloaded.
+        Raises Draining, Restoring, TooLarge, Overloaded or BudgetExceeded.
         """
         if self.draining or self._restores.held:
             self.require_open(during_restore=during_restore)
@@ -112,8 +129,10 @@ class Limits:
         inflight = self.stats.inflight_bytes + size
         if inflight > self._config.max_inflight_bytes:
             self.require_room(size)
+        if budget is not None:
+            budget.begin(size)
         self.stats.inflight_bytes = inflight
-        return Reservation(self, size)
+        return Reservation(self, size, budget)
 
     def require_open(self, *, during_restore: bool = False) -> None:
         """Raise Draining if the server is stopping, or Restoring if a restore blocks the shard.

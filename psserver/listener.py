@@ -22,6 +22,7 @@ from psserver.door import Door
 from psserver.errors import NotAShard, Starting
 from psserver.health import Health
 from psserver.identity import Identity
+from psserver.security.guard import Guard
 from psserver.service import Service
 from psserver.unusable import ConfigError
 
@@ -39,15 +40,18 @@ Status = health_pb2.HealthCheckResponse
 
 
 class Listener:
-    """Runs the gRPC server of one shard, from ``listen`` to ``stop``."""
+    """Runs the gRPC server of one shard, from ``listen`` to ``stop``.
 
-    def __init__(self, config: ServerConfig) -> None:
+    guard  finds out who calls, and what the caller may do
+    """
+
+    def __init__(self, config: ServerConfig, guard: Guard) -> None:
         self._config = config
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
         surplus = NotAShard(config.shard, config.shards) if config.surplus else None
         identity = Identity(config.shard, config.shards, config.cluster)
-        self._door = Door(self.connections, surplus or Starting(), identity)
+        self._door = Door(self.connections, surplus or Starting(), identity, guard)
 
     async def listen(self) -> None:
         """Open the port and report that the shard is alive but not ready.

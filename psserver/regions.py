@@ -49,23 +49,22 @@ class Regions:
     """The regions of all clients of a server. Must be used on the event loop.
 
     limit  maximum total size of the regions, in bytes
-    token  16 bytes that the header of each region must have
 
     bytes  total size of the regions in host memory
     gpu    the GPU whose memory clients may register; None: none
     """
 
-    def __init__(self, limit: int, token: bytes) -> None:
+    def __init__(self, limit: int) -> None:
         self.bytes = 0
         self.gpu: cudaipc.CudaGpu | None = None
         self._limit = limit
-        self._token = token
 
-    def add(self, own: dict[int, mmap.mmap], region: pb.LaneRegion, fd: int) -> None:
+    def add(self, own: dict[int, mmap.mmap], region: pb.LaneRegion, fd: int, token: bytes) -> None:
         """Map a region, and add it to those of its client.
 
-        own  the regions of the client, by number
-        fd   descriptor of the memory; it stays open
+        own    the regions of the client, by number
+        fd     descriptor of the memory; it stays open
+        token  token of the client, which the header of the region must have
 
         Raises BadRequest (LANE_REFUSED) if the memory breaks a rule, TooLarge (LANE_LIMIT) if the
         client has too many regions or there is too much memory.
@@ -82,7 +81,7 @@ class Regions:
                 f"{self.bytes} bytes of shared memory are registered + {region.size} requested >"
                 f" lane_bytes={self._limit}",
             )
-        own[region.region] = _mapped(region, fd, self._token)
+        own[region.region] = _mapped(region, fd, token)
         self.bytes += region.size
 
     def add_gpu(self, own: dict[int, GpuRegion], region: pb.LaneRegion) -> None:

@@ -36,6 +36,7 @@ from psserver.phase import Phases
 from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.scrubber import Scrubber
+from psserver.security.guard import guard_of
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
@@ -66,7 +67,8 @@ class Server:
         self._restart = restart
         self._engine = Engine()
         self._stats = ServiceStats()
-        self._listener = Listener(config)
+        self._guard = guard_of(config.policy_file, config.audit_file, config.shard)
+        self._listener = Listener(config, self._guard)
         self._phases = Phases(pb.PHASE_NOT_A_SHARD if config.surplus else pb.PHASE_KERNELS)
         self._live = LiveStatus(
             config, self._phases, self._stats, self._engine, self._listener.connections
@@ -79,7 +81,7 @@ class Server:
         self._preloader: Preloader | None = None
         self._scrubber: Scrubber | None = None
         path = config.lane_path
-        self._lanes = None if path is None else Lanes(path, config.lane_bytes)
+        self._lanes = None if path is None else Lanes(path, config.lane_bytes, self._guard)
 
     def _new_shard(self) -> Shard:
         """Return an empty shard with the configured limits."""
@@ -107,6 +109,7 @@ class Server:
         Raises ConfigError if a port cannot be used.
         """
         await self._listener.listen()
+        self._guard.open()
         try:
             self._open_metrics()
         except ConfigError:
@@ -173,6 +176,7 @@ class Server:
             await self._lanes.close(0)
         await self._listener.stop(0)
         self._close_metrics()
+        self._guard.close()
 
     async def _open_shard(self) -> None:
         """Recover the shard from the data directory; without a directory, create an empty shard."""
@@ -203,7 +207,7 @@ class Server:
         if flusher is not None:
             self._scrubber = Scrubber(shard.checks, engine, flusher, config.scrub_seconds)
         flushed = None if data is None else lambda: data.flusher.flushed
-        offer = None if self._lanes is None else self._lanes.offer
+        offer = None if self._lanes is None else self._lanes.offer_to
         self._phases.blocked = lambda: restores.held
         self._live.attach(
             Parts(
@@ -227,6 +231,7 @@ class Server:
             self._sweeper,
             Analyses(shard, engine, checkpoints, versions),
             self._listener.connections,
+            self._guard,
             versions,
             self._feed,
             flusher,
@@ -278,6 +283,7 @@ class Server:
         if self._lanes is not None:
             await self._lanes.close(LAST_ANSWERS_SECONDS)
         await asyncio.to_thread(self._close_threads)
+        self._guard.close()
         self._close_metrics()
 
     def _close_threads(self) -> None:

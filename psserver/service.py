@@ -30,6 +30,8 @@ from psserver.limits import Limits, Reservation
 from psserver.restore import Restores
 from psserver.schemas import read_schema, write_schema
 from psserver.scrubber import Scrubber
+from psserver.security.guard import Actor, Guard
+from psserver.security.verbs import ANY
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
 from psserver.stream import Streams
@@ -50,6 +52,7 @@ class Service:
     info         answers GetServerInfo, Diagnose and GetStatus
     sweeper      runs Evict
     connections  closes connections whose peers do not finish their messages
+    guard        finds out who calls, and what the caller may do
     log          version log of the shard; None: the shard has no data directory
     feed         serves subscriptions, and waits until versions are durable; None without a log
     flushes      the flusher; None: the shard has no data directory
@@ -68,6 +71,7 @@ class Service:
         sweeper: Sweeper,
         analyses: Analyses,
         connections: Connections,
+        guard: Guard,
         log: VersionLog | None = None,
         feed: Feed | None = None,
         flushes: Flushes | None = None,
@@ -85,7 +89,7 @@ class Service:
         self._scrubber = scrubber
         self._limits = Limits(config, counts, restores)
         self._workers = Workers()
-        self._make = Handlers(self._limits, self._workers, checkpoints, connections)
+        self._make = Handlers(self._limits, self._workers, checkpoints, connections, guard)
         self._runs = ColdRuns(shard, engine, config.io_threads, counts, flushes)
         self._exchanges = Exchanges(
             shard, engine, self._limits, self._workers, config, log, feed, self._runs
@@ -142,7 +146,7 @@ class Service:
         return {
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
             "DescribeTable": make.message(pb.DescribeTableRequest, self.describe_table),
-            "ListTables": make.message(pb.ListTablesRequest, self.list_tables),
+            "ListTables": make.message(pb.ListTablesRequest, self.list_tables, with_actor=True),
             "AlterTable": make.message(pb.AlterTableRequest, self.alter_table),
             "DropTable": make.message(pb.DropTableRequest, self.drop_table),
             "Evict": make.message(pb.EvictRequest, self.evict),
@@ -151,7 +155,10 @@ class Service:
     def _info_methods(self) -> dict[str, Handler]:
         return {
             "GetServerInfo": self._make.message(
-                pb.GetServerInfoRequest, self.get_server_info, during_restore=True
+                pb.GetServerInfoRequest,
+                self.get_server_info,
+                during_restore=True,
+                with_actor=True,
             ),
             "Diagnose": self._make.blocking(
                 pb.DiagnoseRequest,
@@ -181,7 +188,7 @@ class Service:
             "Restore": make.blocking(pb.RestoreRequest, restore.step, short, during_restore=True),
             "LoadTable": make.long(pb.LoadTableRequest, work.loader.load),
             "DeleteCheckpoints": make.long(pb.DeleteCheckpointsRequest, work.deletion.delete),
-            "Continue": make.blocking(pb.ContinueRequest, work.calls.proceed, short),
+            "Continue": make.blocking(pb.ContinueRequest, self.proceed, short, with_actor=True),
             "ReadRows": make.many(pb.ReadRowsRequest, work.rows.read_rows),
             "WriteRows": make.unary("WriteRows", self.write_rows),
         }
@@ -200,7 +207,7 @@ class Service:
             "WaitDurable": make.message(pb.WaitDurableRequest, self.wait_durable),
             "Barrier": make.message(pb.BarrierRequest, self.barrier),
             "Subscribe": grpc.unary_stream_rpc_method_handler(
-                make.served("Subscribe", self.subscribe)
+                make.guarded("Subscribe", make.served("Subscribe", self.subscribe))
             ),
         }
 
@@ -212,7 +219,7 @@ class Service:
             "Exchange": make.unary("Exchange", self._exchanges.exchange),
             "Delete": make.unary("Delete", self._exchanges.delete),
             "Stream": grpc.stream_stream_rpc_method_handler(
-                make.counted("Stream", self._streams.stream)
+                make.guarded("Stream", make.counted("Stream", self._streams.stream))
             ),
         }
 
@@ -233,9 +240,10 @@ class Service:
         return await self._engine.submit(lambda: self._describe(request.name), deadline)
 
     async def list_tables(
-        self, request: pb.ListTablesRequest, deadline: float
+        self, request: pb.ListTablesRequest, deadline: float, actor: Actor
     ) -> pb.ListTablesResponse:
         names = await self._engine.submit(self._shard.tables, deadline)
+        names = [name for name in names if actor.holds(ANY, name)]
         answer = pb.ListTablesResponse()
         for at in range(0, len(names), LISTED):
             some = partial(self._describe_all, names[at : at + LISTED])
@@ -272,9 +280,9 @@ class Service:
         return pb.DropTableResponse()
 
     async def get_server_info(
-        self, request: pb.GetServerInfoRequest, deadline: float
+        self, request: pb.GetServerInfoRequest, deadline: float, actor: Actor
     ) -> pb.GetServerInfoResponse:
-        return await self._info.read()
+        return await self._info.read(actor.proof)
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
         """Return schema and statistics of each table. Skips names without a table, because it was
@@ -348,22 +356,29 @@ class Service:
         epoch = self._log.history.epoch if self._log else 0
         return pb.BarrierResponse(version=version, epoch=epoch)
 
-    async def subscribe(self, data: bytes, context: Context) -> None:
+    async def subscribe(self, data: bytes, context: Context, actor: Actor) -> None:
         """Serve a subscription until it fails or the subscriber leaves.
 
-        data  the encoded SubscribeRequest
+        data   the encoded SubscribeRequest
+        actor  who calls
         """
         if self._feed is None:
             raise NoLog
-        await self._feed.serve(data, context.write)
+        await self._feed.serve(data, context.write, actor.require)
 
-    async def write_rows(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        write = self._checkpoints.rows.write_rows
-        done = await self._workers.run(
-            self._workers.short, lambda: write(codec.decode_rows(data)), deadline, reservation
-        )
-        await self._settled(done.version, pb.DURABILITY_LOG)
+    async def write_rows(
+        self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
+    ) -> bytes:
+        message = codec.decode_rows(data)
+        actor.require_right("import", message.table)
+        work = partial(self._checkpoints.rows.write_rows, message)
+        async with actor.recorded_rows(message.table, len(message.keys) // 8):
+            done = await self._workers.run(self._workers.short, work, deadline, reservation)
+            await self._settled(done.version, pb.DURABILITY_LOG)
         return bytes(done.SerializeToString())
+
+    def proceed(self, request: pb.ContinueRequest, actor: Actor) -> pb.ContinueResponse:
+        return self._checkpoints.calls.proceed(request, actor.name)
 
     async def evict(self, request: pb.EvictRequest, deadline: float) -> pb.EvictResponse:
         gone = threading.Event()

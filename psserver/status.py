@@ -13,6 +13,7 @@ from psproto import codec
 from psserver.errors import (
     BadRequest,
     BarrierMissed,
+    BudgetExceeded,
     Busy,
     CheckpointBusy,
     CheckpointExists,
@@ -28,6 +29,7 @@ from psserver.errors import (
     NotEmpty,
     OtherShard,
     Overloaded,
+    PermissionDenied,
     Refused,
     RestoreConflict,
     Restoring,
@@ -36,6 +38,7 @@ from psserver.errors import (
     StepTooFar,
     TableLoading,
     TooLarge,
+    Unauthenticated,
     UnknownCall,
     VersionCompacted,
     VersionInFuture,
@@ -62,6 +65,9 @@ Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     codec.Malformed: (Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     BadRequest: (Code.INVALID_ARGUMENT, ""),  # an empty reason: the error has its own
+    Unauthenticated: (Code.UNAUTHENTICATED, ""),
+    PermissionDenied: (Code.PERMISSION_DENIED, ""),
+    BudgetExceeded: (Code.RESOURCE_EXHAUSTED, ""),
     UnknownTable: (Code.NOT_FOUND, "TABLE_NOT_FOUND"),
     SchemaMismatch: (Code.FAILED_PRECONDITION, "SCHEMA_MISMATCH"),
     WrongShard: (Code.FAILED_PRECONDITION, ""),

@@ -22,6 +22,8 @@ from psserver.errors import Draining
 from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges, Read
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
+from psserver.security.budgets import Budget
+from psserver.security.guard import Actor
 from psserver.status import abort, status_of
 
 PIPELINE = 64  # maximum number of requests in flight per stream
@@ -31,9 +33,11 @@ class Caller(Protocol):
     """The client's end of a stream: reads its requests, and writes the replies.
 
     prompt  whether ``write`` seldom waits, so that the task that reads may also write
+    budget  budget of the client's principal; None: it has no limits
     """
 
     prompt: bool
+    budget: Budget | None
 
     async def read(self) -> Any:
         """Wait for the next message and return it; None: the client ended the stream."""
@@ -69,17 +73,19 @@ class _Stream:
     """Caller that uses the gRPC method Stream.
 
     arrived  counts a complete message: arrived(name of the connection, bytes)
+    actor    who calls
     """
 
     prompt = False
 
-    def __init__(self, context: Context, arrived: Callable[[str, int], None]) -> None:
+    def __init__(self, context: Context, arrived: Callable[[str, int], None], actor: Actor) -> None:
         self._context = context
-        self._peer = context.peer()
+        self._peer = actor.peer
         self._arrived = arrived
+        self.budget = actor.budget
         self.write = context.write
         self.size = len
-        self.decode = codec.decode_stream_request
+        self.decode = actor.checking(codec.decode_stream_request)
         self.encode = codec.encode_stream_response
 
     async def read(self) -> bytes | None:
@@ -150,16 +156,18 @@ class Streams:
             if waits:
                 stream.cancel()
 
-    async def stream(self, _: Any, context: Context) -> None:
+    async def stream(self, _: Any, context: Context, actor: Actor) -> None:
         """Serve one stream until the client ends it, the server stops, or a message of the client
         cannot be decoded.
 
         The first argument, an iterator over the client's messages, is not used: they are read with
         ``context.read``.
+
+        actor  who calls
         """
         self._limits.stats.streams += 1
         try:
-            broken = await self.serve(_Stream(context, self._handlers.arrived), "Stream")
+            broken = await self.serve(_Stream(context, self._handlers.arrived, actor), "Stream")
         finally:
             self._limits.stats.streams -= 1
         if broken is not None:
@@ -234,7 +242,7 @@ class Streams:
         start = time.perf_counter()
         try:
             size = flow.caller.size(data)
-            reservation = self._limits.admit(size)
+            reservation = self._limits.admit(size, budget=flow.caller.budget)
         except Exception as error:
             begun: Begun = start, None, error.with_traceback(None)
             answer = flow.caller.id(data), begun, Reservation(self._limits, 0)

@@ -15,7 +15,8 @@ from psserver.errors import CheckpointBusy, Draining
 class Progress:
     """Progress of a long operation. The thread that runs it writes; the event loop reads.
 
-    stopping  event that is set when the server stops
+    principal  name of the principal that began the operation; "": there is no policy
+    stopping   event that is set when the server stops
     """
 
     def __init__(self, stopping: threading.Event) -> None:
@@ -24,6 +25,7 @@ class Progress:
         self.rows = 0  # read or written so far
         self.stage = pb.CheckpointProgress.STAGE_UNSPECIFIED  # shown to the client
         self.given_up = False  # True once the client is gone
+        self.principal = ""
         self._stopping = stopping
 
     def add(self, size: int) -> None:

@@ -14,6 +14,7 @@ from servers import free_ports
 from psserver.config import load
 from psserver.identity import IDENTITY, Identity
 from psserver.listener import Listener
+from psserver.security.guard import Guard
 
 CALLS = ("ps.v1.InfoService/GetServerInfo", "ps.v1.LogService/Subscribe", "ps.v1.RowService/Stream")
 HEALTH = {"grpc.health.v1.Health/Check": ("OK", "")}
@@ -89,7 +90,7 @@ def test_a_server_that_serves_no_rows_refuses_calls_for_another_shard(
 
     async def run() -> None:
         flags = ["--shard", str(number), "--shards", "3", "--cluster", "prod"]
-        listener = Listener(load([*flags, "--port", str(port := free_ports(1))]))
+        listener = Listener(load([*flags, "--port", str(port := free_ports(1))]), Guard())
         await listener.listen()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[LOCAL]) as channel:

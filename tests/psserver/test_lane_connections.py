@@ -7,6 +7,7 @@ import errno
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from psproto import lanes
 from psproto import ps_pb2 as pb
 from psserver import lane as module
 from psserver.lane import Gone, Lanes, _Client, _listen
-from psserver.regions import Regions
+from psserver.security.guard import NOBODY, Guard
 
 TOKEN = bytes(16)
 MESSAGES = 50
@@ -38,7 +39,9 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 def client_of(connection: socket.socket) -> _Client:
     limits: Any = None
     loop = asyncio.get_running_loop()
-    return _Client(connection, loop, Regions(1 << 20, TOKEN), TOKEN, limits)
+    served = Lanes(Path("lane.sock"), 1 << 20, Guard())
+    served._proofs[TOKEN] = NOBODY
+    return _Client(connection, loop, served, limits, ExitStack())
 
 
 def test_others_are_served_between_two_messages_that_have_arrived(ends: Any) -> None:
@@ -109,7 +112,7 @@ def test_the_lane_pauses_if_there_are_no_descriptors(
             return self.inner.accept()
 
     async def run() -> None:
-        served = Lanes(tmp_path / "lane.sock", 1 << 20)
+        served = Lanes(tmp_path / "lane.sock", 1 << 20, Guard())
         served.listen()
         nothing: Any = None
         served.open(nothing, nothing)
