@@ -54,6 +54,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "checkpoint_url": ("file:///a", "file:///b", "s3://c"),
     "checkpoint_store_seconds": (1.0, 2.5, 120.0),
     "drain_seconds": (0.0, 1.5, 2.0),
+    "policy_file": (Path("/a"), Path("/b"), Path("/c")),
+    "audit_file": (Path("/a"), Path("/b"), Path("/c")),
     "cluster": ("", "a", "prod/ps-0.b_c"),
     "advertise": ("ps-0.ps:7000", "10.0.0.1:1", "[fd00::1]:65535"),
 }
@@ -184,6 +186,8 @@ def test_without_any_source_the_defaults_hold() -> None:
         "log_keep_seconds": 0.0,
         "flush_seconds": 60.0,
         "scrub_seconds": 86_400.0,
+        "policy_file": None,
+        "audit_file": None,
         "checkpoint_url": None,
         "checkpoint_store_seconds": 120.0,
         "max_tombstones": 1 << 20,
