@@ -22,6 +22,7 @@ import structlog
 from psserver.busypoll import BusyPoll
 from psserver.errors import DeadlinePassed
 from psserver.loops import post
+from storage.histogram import Histogram
 from storage.threads import Background
 
 LOG_SECONDS = 60.0  # least time between two log lines about posted calls that failed
@@ -29,7 +30,8 @@ LOG_SECONDS = 60.0  # least time between two log lines about posted calls that f
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
-_Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
+# A submitted call: function, deadline, time of its submission (both in monotonic seconds), future
+_Job = tuple[Callable[[], Any], float, float, "asyncio.Future[Any] | None"]
 
 
 class Runner(Protocol):
@@ -51,7 +53,9 @@ class Inline:
 class Engine:
     """One thread that runs calls on the shard, on behalf of an event loop and of worker threads.
 
-    failures  number of posted calls that failed
+    failures      number of posted calls that failed
+    busy_seconds  seconds for which calls have run, since the start
+    queue_wait    seconds from the submission of each call to its start
     """
 
     def __init__(self) -> None:
@@ -60,6 +64,7 @@ class Engine:
         self._unfinished = 0  # calls submitted and not finished
         self._turn = threading.Lock()  # held by the thread that runs a call
         self.failures, self._logged = 0, -LOG_SECONDS
+        self.busy_seconds, self.queue_wait = 0.0, Histogram()
         self._thread = Background("engine", self._run)
 
     def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
@@ -100,7 +105,7 @@ class Engine:
         future: asyncio.Future[Result] = self._loop.create_future()
         if at_once and self._take_turn():
             try:
-                result, error = _outcome(call, deadline)
+                result, error = self._execute(call, deadline, time.monotonic())
             finally:
                 self._turn.release()
                 self._over()
@@ -109,7 +114,7 @@ class Engine:
             else:
                 future.set_exception(error)
         else:
-            self._put((call, deadline, future))
+            self._put((call, deadline, time.monotonic(), future))
         self._poll.stay()
         return future
 
@@ -126,7 +131,7 @@ class Engine:
             except BaseException as error:
                 done.set_exception(error)
 
-        self._put((job, float("inf"), None))
+        self._put((job, float("inf"), time.monotonic(), None))
         return done.result()
 
     def is_here(self) -> bool:
@@ -138,7 +143,7 @@ class Engine:
 
         Any thread may call this, the engine's too.
         """
-        self._put((partial(self._alone, call), float("inf"), None))
+        self._put((partial(self._alone, call), float("inf"), time.monotonic(), None))
 
     def _alone(self, call: Callable[[], Any]) -> None:
         """Run a posted call. Nobody waits for it, so an error is counted, and logged now and then.
@@ -172,11 +177,27 @@ class Engine:
         with self._counting:
             self._unfinished -= 1
 
+    def _execute(
+        self, call: Callable[[], Any], deadline: float, since: float
+    ) -> tuple[Any, Exception | None]:
+        """Run ``call`` as ``_outcome`` does, and count its wait and its duration.
+
+        The caller holds ``_turn``.
+
+        deadline  monotonic seconds
+        since     monotonic seconds at which the call was submitted
+        """
+        start = time.monotonic()
+        self.queue_wait.add(start - since)
+        outcome = _outcome(call, deadline, start)
+        self.busy_seconds += time.monotonic() - start
+        return outcome
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            call, deadline, future = job
+            call, deadline, since, future = job
             with self._turn:
-                result, error = _outcome(call, deadline)
+                result, error = self._execute(call, deadline, since)
             self._over()
             if future is not None and not post(self._loop, _settle, future, result, error):
                 return
@@ -184,15 +205,18 @@ class Engine:
             del job, call, future, result, error
 
 
-def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
+def _outcome(
+    call: Callable[[], Any], deadline: float, now: float
+) -> tuple[Any, Exception | None]:
     """Run ``call``. Returns (its result, None), or (None, the error that it raised).
 
     deadline  monotonic seconds; after it the call is not run, and the error is DeadlinePassed
+    now       present monotonic seconds
 
     The error has no traceback, because its frames would keep the request in memory.
     """
     try:
-        if time.monotonic() > deadline:
+        if now > deadline:
             raise DeadlinePassed("the deadline passed before the work began")
         return call(), None
     except Exception as error:

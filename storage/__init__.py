@@ -24,6 +24,7 @@ gpu/nvrtc.py     compile CUDA C for a GPU
 gpu/device.py    the contract of a device, which runs kernels on its own memory
 gpu/cuda.py      the device that CuPy gives: an NVIDIA GPU
 threads.py       background threads that the system shows by name
+histogram.py     measurements, counted in buckets
 disk.py          system calls that write; names and files that survive a power failure
 segment.py       one file of the version log, made of frames
 tail.py          the end of a segment: torn tail or damage

@@ -23,6 +23,7 @@ import itertools
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from storage.disk import (
     write_all,
 )
 from storage.errors import Compacted, Corrupt
+from storage.histogram import Histogram
 from storage.marks import SLOT, Mark, Marks
 from storage.segment import HEADER, Header, Reader, frame_bytes, place
 from storage.tail import Tail, find_tail
@@ -84,6 +86,7 @@ class LogFiles:
     active      the segment that records are written to, the last of ``segments``
     seed        seed of the checksums of the active segment's frames
     torn_bytes  bytes of incomplete frames after the last good frame, which ``open`` erased
+    syncs       seconds that each sync of written frames took
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class LogFiles:
         self.active = SegmentFile(directory, 0)
         self.seed = 0
         self.torn_bytes = 0
+        self.syncs = Histogram()
         self._segment_bytes = segment_bytes
         self._clock = clock
         self._marks: Marks | None = None
@@ -215,7 +219,9 @@ class LogFiles:
         end  offset in the active segment at which the frame of ``version`` ends
         """
         assert self._marks is not None
+        began = time.monotonic()
         self.disk.fdatasync(self.active.fd)
+        self.syncs.add(time.monotonic() - began)
         self._marks.write(Mark(version, self.active.first, end))
 
     def truncate(self, version: int, keep_bytes: int, keep_seconds: float) -> int:

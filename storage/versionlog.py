@@ -28,6 +28,7 @@ from typing import Any
 from storage.cursor import Cursor
 from storage.disk import CHUNK, Disk, write_all
 from storage.errors import DiskFull, LogFailed
+from storage.histogram import Histogram
 from storage.history import History, draw_epoch
 from storage.logfiles import Append, LogFiles, SegmentFile, uncache
 from storage.logprogress import LogProgress
@@ -49,6 +50,7 @@ class VersionLog:
     history  epochs of the log (one random number per start of the server); the code that recovers
              the shard sets it before the log is used
     last     version of the newest record appended, 0 without records
+    writes   seconds that each write of a group of records to the file took
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class VersionLog:
         self.files = files
         self.history = History((draw_epoch(),))
         self.last = 0
+        self.writes = Histogram()
         self._fail = fail
         self._wake = wake
 
@@ -167,6 +170,16 @@ class VersionLog:
     def durable(self) -> int:
         """Newest version synced to disk: it survives a power failure."""
         return self._progress.durable
+
+    @property
+    def syncs(self) -> Histogram:
+        """Seconds that each sync of written records to disk took."""
+        return self.files.syncs
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of records handed to the OS since the log was opened."""
+        return self._handed
 
     @property
     def backlog(self) -> int:
@@ -381,8 +394,9 @@ class VersionLog:
         """
         if not run:
             return
-        segment = self.files.active
+        segment, began = self.files.active, time.monotonic()
         end = write_all(self.files.disk, segment.fd, run, start)
+        self.writes.add(time.monotonic() - began)
         self._handed += end - start
         with self._lock:
             segment.end = end
