@@ -52,6 +52,7 @@ basewriter.py    write the changes of a shard to its base, as one flush
 replay.py        recover a shard from its data directory when its server starts
 pinned.py        read the rows of the base as of one flush
 preloader.py     the thread that loads rows into host memory after a start
+timings.py       record durations and failures of an operation
 flusher.py       write changed rows to the base in the background
 scrubber.py      the thread that verifies the blocks on disk
 stored.py        read the contents of a checkpoint for one shard
@@ -107,19 +108,21 @@ lane.py          the same-host lane: streams over a Unix socket
 livestatus.py    live figures of a shard, for displays
 info.py          what GetServerInfo, Diagnose and GetStatus report
 service.py       the gRPC methods of all services
-metrics/samples.py      convert the server's counts to samples
+metrics/samples.py      make metrics of prometheus_client from counts
+metrics/labels.py       give label values to tables, so that the series stay bounded
+metrics/start.py        metrics of the build and of the phase of the server
 metrics/traffic.py      metrics of requests
+metrics/tables.py       metrics of tables: tiers, admission, eviction and damage
 metrics/engine.py       metrics of the engine
-metrics/tiers.py        metrics of kinds of memory, by table
-metrics/admission.py    metrics of admission and eviction, by table
-metrics/budgets.py      metrics of memory in use and its limits
+metrics/budgets.py      metrics of memory and disk in use, and of their limits
 metrics/log.py          metrics of the version log
 metrics/subscribers.py  metrics of subscriptions
-metrics/flushes.py      metrics of writes of changed rows to disk
-metrics/scrub.py        metrics of damage on disk
+metrics/flushes.py      metrics of flushes and checkpoints
+metrics/scrub.py        metrics of the search for damage on disk
 metrics/lanes.py        metrics of the same-host lane
 metrics/connections.py  metrics of connections
-metrics/registry.py     collect all metrics of one server
+metrics/certificates.py  metrics of certificates
+metrics/registry.py     all metrics of one server
 exposition.py    serve /metrics over HTTP
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order

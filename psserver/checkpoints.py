@@ -30,7 +30,7 @@ from psserver.completion import Completion
 from psserver.cuts import Cut
 from psserver.deletion import Deletion
 from psserver.engine import Engine
-from psserver.errors import BadRequest, CheckpointExists, CheckpointUnfit, NoLog
+from psserver.errors import BadRequest, CheckpointExists, CheckpointUnfit, Draining, NoLog
 from psserver.flusher import Flusher
 from psserver.loading import TableLoader
 from psserver.packing import counters_of, tombstone_blocks
@@ -38,6 +38,7 @@ from psserver.pinned import PinnedBase
 from psserver.rows import RowTransfer
 from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
+from psserver.timings import Timings
 from psserver.work import Progress, Work
 from storage.block import BLOCK_BYTES, pack_counters
 from storage.checkpoint import Checkpoint
@@ -58,6 +59,9 @@ class Checkpoints:
     store      file store for checkpoints; None: checkpoint_url is not set
     now        returns seconds since 1970
     directory  data directory of the shard; None: it has none
+
+    timings  durations and failures of the parts that this shard wrote
+    written  bytes of these parts
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Checkpoints:
         self._log = log
         self._flusher = flusher
         self._now = now
+        self.timings = Timings()
+        self.written = 0
         self.catalog = Catalog(shard, store)
         self.completion = Completion(shard, self.catalog, now)
         self.work = Work(self.catalog.stop)
@@ -112,7 +118,11 @@ class Checkpoints:
             parent = self._parent(opened, log) if opened else None
             flusher.pins[attempt] = 0  # until the version is known
             try:
-                with self._expecting(cut), flusher.pinned() as base:
+                with (
+                    self.timings.run(abandoned=(Draining,)),
+                    self._expecting(cut),
+                    flusher.pinned() as base,
+                ):
                     flusher.pins[attempt] = base.captured.version
                     if cut is not None:
                         cut.require_after(base.captured.version)
@@ -201,6 +211,7 @@ class Checkpoints:
         except BaseException:
             writer.discard()
             raise
+        self.written += progress.bytes
         written = pb.CheckpointPart(
             path=file.path, bytes=file.bytes, checksum=file.checksum, version=part.version
         )

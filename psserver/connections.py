@@ -65,6 +65,8 @@ class Connections:
     most     limit for the incomplete messages of all connections together, in bytes
     seconds  maximum time for which a connection may have more than LARGE bytes of them
     clock    returns monotonic seconds
+
+    counted  called after each check with the number of connections
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Connections:
     ) -> None:
         self.unfinished = 0  # bytes of incomplete messages at the last check
         self.closed = 0  # connections closed since the start
+        self.counted: Callable[[int], None] = lambda count: None
         self._port = port
         self._most = most
         self._seconds = seconds
@@ -120,6 +123,7 @@ class Connections:
                 self._shut(connection, peer, entry, "not finished in time")
             seen[peer] = entry
         self._known = seen
+        self.counted(len(seen))
         for peer in known:
             if peer not in seen:
                 self._arrived.pop(peer, None)

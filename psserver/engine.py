@@ -205,9 +205,7 @@ class Engine:
             del job, call, future, result, error
 
 
-def _outcome(
-    call: Callable[[], Any], deadline: float, now: float
-) -> tuple[Any, Exception | None]:
+def _outcome(call: Callable[[], Any], deadline: float, now: float) -> tuple[Any, Exception | None]:
     """Run ``call``. Returns (its result, None), or (None, the error that it raised).
 
     deadline  monotonic seconds; after it the call is not run, and the error is DeadlinePassed

@@ -31,6 +31,13 @@ from storage.versionlog import VersionLog
 AT_ONCE = 4 << 20  # bytes of a message, or of the rows that it reads or writes
 AT_ONCE_PARTS = 64  # pushes and pulls in an exchange
 AT_ONCE_FIELDS = 512  # protobuf fields in a message; a push or a pull counts as several
+# (has pushes, has pulls) -> name under which an exchange is counted
+METHODS = {
+    (True, True): "Exchange",
+    (True, False): "Push",
+    (False, True): "Pull",
+    (False, False): "Exchange",
+}
 
 Result = TypeVar("Result")
 Header = pb.StreamRequestHeader | None  # None: the message did not arrive on a stream
@@ -143,8 +150,9 @@ class Exchanges:
                 raise
             if self._feed is not None:
                 done.durable_version = await self._feed.settled(done.version, done.achieved)
-        seconds, keys = time.perf_counter() - start, change.keys
-        self._limits.stats.served("Delete", change.table, len(keys), keys.nbytes, seconds)
+        seconds, keys, stats = time.perf_counter() - start, change.keys, self._limits.stats
+        stats.used("Delete", change.table, len(keys), keys.nbytes)
+        stats.served("Delete", "unary", len(keys), keys.nbytes, 0, seconds)
         return bytes(done.SerializeToString())
 
     async def _exchange(
@@ -289,8 +297,11 @@ class Exchanges:
             size += self._shard.size(pulls)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
-    def finish_now(self, begun: Begun) -> codec.Exchanged | None:
-        """Do the same as ``finish`` if that does not wait and raises no error; else return None."""
+    def finish_now(self, begun: Begun, via: str) -> codec.Exchanged | None:
+        """Do the same as ``finish`` if that does not wait and raises no error; else return None.
+
+        via  how the exchange arrived: "stream" or "shm"
+        """
         start, exchange, work = begun
         if isinstance(work, Exception) or exchange is None or not work.done():
             return None
@@ -299,13 +310,14 @@ class Exchanges:
         done = work.result()
         if isinstance(done, Held):
             return None
-        self._count(exchange, done, start)
+        self._count(exchange, done, start, via)
         return done
 
-    async def finish(self, begun: Begun) -> codec.Exchanged:
+    async def finish(self, begun: Begun, via: str = "unary") -> codec.Exchanged:
         """Wait until an exchange has run and its pushes are as durable as they require.
 
         begun  returned by ``begin``; if it contains an error, the error is raised
+        via    how the exchange arrived, for the statistics: "unary", "stream" or "shm"
 
         Counts the requests in the statistics and returns the results of the exchange.
         """
@@ -322,21 +334,34 @@ class Exchanges:
         if self._feed is not None:
             for pushed in done.pushes:
                 pushed.durable_version = await self._feed.settled(pushed.version, pushed.achieved)
-        self._count(exchange, done, start)
+        self._count(exchange, done, start, via)
         return done
 
-    def _count(self, exchange: codec.Exchange, done: codec.Exchanged, start: float) -> None:
-        """Count the pushes and pulls of an exchange that succeeded in the statistics.
+    def _count(
+        self, exchange: codec.Exchange, done: codec.Exchanged, start: float, via: str
+    ) -> None:
+        """Count an exchange that succeeded, and its pushes and pulls, in the statistics.
 
         start  time of arrival, in seconds of ``time.perf_counter``
+        via    how it arrived: "unary", "stream" or "shm"
         """
-        seconds, served = time.perf_counter() - start, self._limits.stats.served
+        seconds, stats = time.perf_counter() - start, self._limits.stats
+        keys = received = sent = 0
         for push in exchange.pushes:
-            arrays = push.keys.nbytes + push.gradients.nbytes
-            served("Push", push.header.table, len(push.keys), arrays, seconds)
+            size = push.keys.nbytes + push.gradients.nbytes
+            stats.used("Push", push.header.table, len(push.keys), size)
+            keys += len(push.keys)
+            received += size
         for pull, pulled in zip(exchange.pulls, done.pulls, strict=True):
-            arrays = pull.keys.nbytes + pulled.embeddings.nbytes
-            served("Pull", pull.header.table, len(pull.keys), arrays, seconds)
+            size = pulled.embeddings.nbytes
+            stats.used("Pull", pull.header.table, len(pull.keys), pull.keys.nbytes + size)
+            keys += len(pull.keys)
+            received += pull.keys.nbytes
+            sent += size
+            if pull.gpu_room is not None:
+                via = "cuda"
+        method = METHODS[bool(exchange.pushes), bool(exchange.pulls)]
+        stats.served(method, via, keys, received, sent, seconds)
 
 
 def _decode_pull(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:

@@ -20,6 +20,7 @@ from psserver.engine import Engine
 from psserver.errors import Draining
 from psserver.pinned import PinnedBase
 from psserver.shard import Shard
+from psserver.timings import Timings
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.threads import Background
 from storage.versionlog import VersionLog
@@ -41,6 +42,8 @@ class Flusher:
     keep     (b, s): keep the newest b bytes of the log for subscribers, and in any case the records
              of the last s seconds
     flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
+    since    the same time in seconds since 1970
+    timings  durations and failures of the flushes that found changes to write
     rounds   number of flushes that have ended, successfully or not
     failure  why the last flush failed; "" if it did not
     pins     reader of the log, for example a running checkpoint -> version; log records newer than
@@ -67,7 +70,8 @@ class Flusher:
         self._seconds = seconds
         self._keep = keep
         self.pins: dict[str, int] = {}
-        self.flushed = time.monotonic()
+        self.flushed, self.since = time.monotonic(), time.time()
+        self.timings = Timings()
         self.rounds, self.failure = 0, ""
         self._turn = threading.Lock()  # held during a flush
         self._wanted = threading.Event()
@@ -133,15 +137,16 @@ class Flusher:
 
         Raises Stopped if the server stops.
         """
-        began, failure = time.monotonic(), "it was interrupted"
+        began, since, failure = time.monotonic(), time.time(), "it was interrupted"
         try:
             captured = self._engine.run(self._shard.capture)
             state = self._base.state
             wanted = state is None or not state.distinct or captured.version > state.version
             wanted = wanted or self._writer.crowded(captured, self._engine)
             if wanted or self._engine.run(self._shard.checks.readable):
-                self._write(captured)
-            self.flushed, failure = began, ""
+                with self.timings.run(abandoned=(Stopped,)):
+                    self._write(captured)
+            self.flushed, self.since, failure = began, since, ""
             needed = min([captured.version, *self.pins.values()])
             self._versions.truncate(needed, *self._keep)
             return captured

@@ -192,7 +192,7 @@ class _Client:
     watching  ends the connection when the policy no longer allows what the client did
     """
 
-    prompt = True
+    prompt, via = True, "shm"
     budget: Budget | None = None
 
     def __init__(

@@ -24,8 +24,9 @@ from psserver.flusher import Flusher
 from psserver.lane import Lanes
 from psserver.phase import Phases
 from psserver.shard import Shard
-from psserver.stats import BOUNDS, ServiceStats, Traffic
+from psserver.stats import Requests, ServiceStats
 from storage.errors import UnknownTable
+from storage.histogram import Histogram
 from storage.versionlog import VersionLog
 
 MOST_TABLES = 256  # maximum number of tables in a status
@@ -148,16 +149,16 @@ class LiveStatus:
 
     def _read_traffic(self, status: pb.GetStatusResponse) -> None:
         """Fill in requests, errors and the engine's figures."""
-        methods: dict[str, list[Traffic]] = {}
-        for (method, _), traffic in list(self._stats.traffic.items()):
-            methods.setdefault(method, []).append(traffic)
+        methods: dict[str, list[Requests]] = {}
+        for (method, _), requests in list(self._stats.requests.items()):
+            methods.setdefault(method, []).append(requests)
         for method, each in sorted(methods.items()):
             status.methods.add(
                 method=method,
-                requests=sum(traffic.requests for traffic in each),
-                keys=sum(traffic.keys for traffic in each),
-                bytes=sum(traffic.bytes for traffic in each),
-                latency=_timing(each),
+                requests=sum(requests.seconds.total for requests in each),
+                keys=sum(requests.keys for requests in each),
+                bytes=int(sum(requests.received.sum + requests.sent.sum for requests in each)),
+                latency=_timing([requests.seconds for requests in each]),
             )
         for (method, code, reason), count in list(self._stats.errors.items()):
             status.errors.add(method=method, code=code, reason=reason, count=count)
@@ -222,11 +223,11 @@ class LiveStatus:
         return [pb.Budget(name=name, used=used, limit=limit) for name, used, limit in found]
 
 
-def _timing(some: Sequence[Traffic]) -> pb.Timing:
-    """Return the latencies of some requests, as one histogram."""
+def _timing(some: Sequence[Histogram]) -> pb.Timing:
+    """Return measurements of the same bounds, of which there is at least one, as one message."""
     return pb.Timing(
-        count=sum(each.requests for each in some),
-        seconds=sum(each.seconds for each in some),
-        bounds=BOUNDS,
-        buckets=[sum(counts) for counts in zip(*(each.buckets for each in some), strict=True)],
+        count=sum(each.total for each in some),
+        seconds=sum(each.sum for each in some),
+        bounds=some[0].bounds,
+        buckets=[sum(counts) for counts in zip(*(each.counts for each in some), strict=True)],
     )

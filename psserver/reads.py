@@ -91,6 +91,19 @@ class ShardReads:
         table = self._tables.get(name).table
         return table.schema, table.stats()
 
+    @property
+    def base_bytes(self) -> int:
+        """Bytes on disk that the base (the on-disk copy of all rows) takes. Any thread may read."""
+        file = self._tables.file
+        return 0 if file is None else file.allocated
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that count against the setting disk_bytes: those of the base, and those that the
+        next flush adds. Any thread may read.
+        """
+        return self._tables.disk_bytes
+
     def rows(self, name: str) -> int:
         """Return the number of rows of a table; 0 if there is no such table.
 

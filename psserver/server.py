@@ -70,10 +70,10 @@ class Server:
         self._guard = guard_of(config.policy_file, config.audit_file, config.shard)
         self._listener = Listener(config, self._guard)
         self._phases = Phases(pb.PHASE_NOT_A_SHARD if config.surplus else pb.PHASE_KERNELS)
-        self._live = LiveStatus(
-            config, self._phases, self._stats, self._engine, self._listener.connections
-        )
-        self._metrics = Metrics()
+        connections = self._listener.connections
+        connections.counted = self._stats.count_clients
+        self._live = LiveStatus(config, self._phases, self._stats, self._engine, connections)
+        self._metrics = Metrics(config, self._phases, self._stats, connections)
         self._exposition: Exposition | None = None
         self._gpu: Gpu | None = None
         self._data: DataDirectory | None = None
@@ -140,7 +140,6 @@ class Server:
         self._create_lane()
         self._open_parts()
         self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)
-        self._add_metrics()
         if self._data is not None:
             self._data.flusher.open()
             self._preloader = Preloader(self._shard.preloads, self._engine)
@@ -151,7 +150,6 @@ class Server:
         if self._lanes is not None:
             self._service.open_lanes(self._lanes)
         await self._listener.serve(self._service)
-        self._metrics.ready(True)
         self._phases.enter(pb.PHASE_READY)
 
     def _create_lane(self) -> None:
@@ -209,16 +207,16 @@ class Server:
         flushed = None if data is None else lambda: data.flusher.flushed
         offer = None if self._lanes is None else self._lanes.offer_to
         self._phases.blocked = lambda: restores.held
-        self._live.attach(
-            Parts(
-                shard=shard,
-                checkpoints=checkpoints,
-                log=versions,
-                feed=self._feed,
-                flusher=flusher,
-                lanes=self._lanes,
-            )
+        parts = Parts(
+            shard=shard,
+            checkpoints=checkpoints,
+            log=versions,
+            feed=self._feed,
+            flusher=flusher,
+            lanes=self._lanes,
         )
+        self._live.attach(parts)
+        self._metrics.add(parts, engine, self._scrubber)
         info = ServerInfo(shard, config, self._live, versions, flushed, offer)
         self._service = Service(
             shard,
@@ -255,20 +253,10 @@ class Server:
         if self._exposition is not None:
             self._exposition.close()
 
-    def _add_metrics(self) -> None:
-        """Add the metrics of the recovered shard to /metrics."""
-        data, shard, connections = self._data, self._shard, self._listener.connections
-        self._metrics.add_shard(shard, self._engine, self._stats, connections, self._lanes)
-        if data is not None:
-            assert self._feed is not None
-            assert self._scrubber is not None
-            self._metrics.add_disk(shard, data.log, data.flusher, self._feed, self._scrubber)
-
     async def close(self) -> None:
         """Refuse new calls, and wait at most drain_seconds for the calls in flight. Then stop all
         threads and close the data directory.
         """
-        self._metrics.ready(False)
         self._phases.enter(pb.PHASE_DRAINING)
         await self._listener.refuse()
         self._service.drain()

@@ -59,6 +59,14 @@ class ShardSettings(BaseSettings):
     metrics_port: int = Field(
         9400, ge=0, le=65535, description="Port for Prometheus (HTTP, /metrics); 0: no metrics"
     )
+    metrics_tables: int = Field(
+        100,
+        ge=0,
+        le=65536,
+        description="Maximum number of tables that have metrics of their own, the oldest ones. The"
+        ' metrics of all other tables are summed under table="(other)", so that the number of'
+        " series stays bounded",
+    )
     data_dir: Path | None = Field(
         None,
         examples=["/data"],

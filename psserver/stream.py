@@ -33,10 +33,12 @@ class Caller(Protocol):
     """The client's end of a stream: reads its requests, and writes the replies.
 
     prompt  whether ``write`` seldom waits, so that the task that reads may also write
+    via     how its requests arrive, for the statistics: "stream" or "shm"
     budget  budget of the client's principal; None: it has no limits
     """
 
     prompt: bool
+    via: str
     budget: Budget | None
 
     async def read(self) -> Any:
@@ -76,7 +78,7 @@ class _Stream:
     actor    who calls
     """
 
-    prompt = False
+    prompt, via = False, "stream"
 
     def __init__(self, context: Context, arrived: Callable[[str, int], None], actor: Actor) -> None:
         self._context = context
@@ -292,7 +294,7 @@ class Streams:
         until = time.monotonic() + wait
         begun = self._exchanges.begin(checked, start, until, reservation, flow.lane)
         if flow.caller.prompt and not flow.waiting:
-            done = self._exchanges.finish_now(begun)
+            done = self._exchanges.finish_now(begun, flow.caller.via)
             if done is not None:
                 return self._write_now(flow, flow.caller.encode(head.id, done), reservation)
         flow.waiting += 1
@@ -318,7 +320,7 @@ class Streams:
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
             try:
-                done = await self._exchanges.finish(begun)
+                done = await self._exchanges.finish(begun, flow.caller.via)
                 data = b"" if flow.gone else encode(id, done)
                 del done
             except Exception as error:

@@ -98,8 +98,9 @@ class Tables:
         """Bytes on disk that the base takes, and those that the next flush adds.
 
         The base is the on-disk copy of all rows. A flush adds the rows that changed.
+        Any thread may read.
         """
-        stores = [entry.table.store for entry in self]
+        stores = [entry.table.store for entry in list(self._by_number.values())]
         added = sum(store.dirty * disk_bytes(store.width) for store in stores)
         return added + (self.file.allocated if self.file is not None else 0)
 

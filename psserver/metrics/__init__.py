@@ -4,17 +4,19 @@ A collector reads counts of the server at each scrape (Prometheus' request for /
 returns them as metrics. Each file has the metrics of one subject. docs/metrics.md describes every
 metric. Keys and clients are never labels, because there are too many of them.
 
-samples.py      convert the server's counts to samples
-traffic.py      requests, their keys, bytes, latency and errors
+samples.py      make metrics of prometheus_client from counts
+labels.py       give label values to tables, so that the series stay bounded
+start.py        the build, and the phase of the server
+traffic.py      requests: latency, size, keys, bytes and errors
+tables.py       tiers, admission, eviction and damage, by table
 engine.py       the thread that owns the shard
-tiers.py        rows, bytes, hits and moves of each kind of memory, by table
-admission.py    keys admitted, refused and evicted, by table
-budgets.py      memory in use, and its limits
+budgets.py      memory and disk in use, their limits, and what is left
 log.py          the version log
 subscribers.py  subscriptions to the log
-flushes.py      writes of changed rows to disk
-scrub.py        damage on disk, and the search for it
+flushes.py      flushes, and checkpoints
+scrub.py        the search for damage on disk
 lanes.py        the same-host lane
 connections.py  connections and their incomplete messages
-registry.py     collect all metrics of one server
+certificates.py  when certificates expire
+registry.py     all metrics of one server
 """

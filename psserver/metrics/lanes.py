@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from psserver.lane import Lanes
+from psserver.metrics.samples import gauge
 
 
 class LaneCollector(Collector):
@@ -18,11 +19,11 @@ class LaneCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield ps_lane_clients and ps_lane_bytes."""
-        yield GaugeMetricFamily(
+        yield gauge(
             "ps_lane_clients", "Clients connected to the same-host lane.", self._lanes.clients
         )
-        yield GaugeMetricFamily(
+        yield gauge(
             "ps_lane_bytes",
-            "Shared memory that clients of the same-host lane have registered, in bytes.",
+            "Shared memory that clients of the same-host lane have registered.",
             self._lanes.regions.bytes,
         )

@@ -2,77 +2,84 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 
+from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.engine import Engine
-from psserver.feed import Feed
-from psserver.flusher import Flusher
-from psserver.lane import Lanes
-from psserver.metrics.admission import AdmissionCollector
+from psserver.livestatus import Parts
 from psserver.metrics.budgets import BudgetCollector
+from psserver.metrics.certificates import CertificateCollector, Expiries
 from psserver.metrics.connections import ConnectionCollector
 from psserver.metrics.engine import EngineCollector
-from psserver.metrics.flushes import FlushCollector
+from psserver.metrics.flushes import CheckpointCollector, FlushCollector
+from psserver.metrics.labels import TableLabels
 from psserver.metrics.lanes import LaneCollector
 from psserver.metrics.log import LogCollector
 from psserver.metrics.scrub import ScrubCollector
+from psserver.metrics.start import StartCollector
 from psserver.metrics.subscribers import FeedCollector
-from psserver.metrics.tiers import TierCollector
+from psserver.metrics.tables import TableCollector
 from psserver.metrics.traffic import TrafficCollector
+from psserver.phase import Phases
 from psserver.scrubber import Scrubber
-from psserver.shard import Shard
 from psserver.stats import ServiceStats
-from storage.versionlog import VersionLog
 
 
 class Metrics:
-    """The metrics of one server. From its creation they tell whether the server is ready; ``add``
-    adds those of a part of the server that exists only later.
+    """The metrics of one server. At first they are those of a server that starts; ``add`` adds
+    those of the recovered shard.
 
     registry  all metrics, for the page /metrics
     """
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self._ready = Gauge(
-            "ps_ready", "1 while the shard serves, 0 before.", registry=self.registry
-        )
-
-    def ready(self, ready: bool) -> None:
-        """Set whether the shard serves."""
-        self._ready.set(int(ready))
-
-    def add_shard(
+    def __init__(
         self,
-        shard: Shard,
-        engine: Engine,
+        config: ServerConfig,
+        phases: Phases,
         stats: ServiceStats,
         connections: Connections,
-        lanes: Lanes | None,
+        expiries: Expiries = dict,
     ) -> None:
-        """Add the metrics of a recovered shard, its engine and its clients.
+        """Create the metrics that a server has from its start.
 
-        lanes  the same-host lane; None: the server offers none
+        expiries  returns use of a certificate -> Unix time at which it expires
         """
-        register = self.registry.register
-        register(TrafficCollector(shard, stats))
-        register(TierCollector(shard, stats))
-        register(AdmissionCollector(shard))
-        register(BudgetCollector(shard, stats))
-        register(EngineCollector(engine))
-        register(ConnectionCollector(connections))
-        if lanes is not None:
-            register(LaneCollector(lanes))
+        self.registry = CollectorRegistry()
+        self._stats = stats
+        self._most_tables = config.metrics_tables
+        self._budgets = BudgetCollector(config, stats, connections)
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        for collector in (
+            StartCollector(phases),
+            self._budgets,
+            ConnectionCollector(connections),
+            CertificateCollector(expiries),
+        ):
+            self.registry.register(collector)
 
-    def add_disk(
-        self, shard: Shard, log: VersionLog, flusher: Flusher, feed: Feed, scrubber: Scrubber
-    ) -> None:
-        """Add the metrics of a shard with a data directory: log, flushes, subscribers, damage."""
-        register = self.registry.register
-        register(LogCollector(log))
-        register(FlushCollector(flusher))
-        register(FeedCollector(feed))
-        register(ScrubCollector(shard, scrubber))
+    def add(self, parts: Parts, engine: Engine, scrubber: Scrubber | None) -> None:
+        """Add the metrics of a recovered shard.
+
+        parts     the components of the shard
+        engine    the thread that owns it
+        scrubber  verifies its rows on disk; None: the shard has no data directory
+        """
+        register, shard = self.registry.register, parts.shard
+        labels = TableLabels(self._most_tables, shard.number_of)
+        register(TrafficCollector(shard, self._stats, labels))
+        register(TableCollector(shard, labels))
+        register(EngineCollector(engine))
+        register(CheckpointCollector(parts.checkpoints))
+        if parts.lanes is not None:
+            register(LaneCollector(parts.lanes))
+        if parts.log is not None:
+            register(LogCollector(parts.log))
+        if parts.flusher is not None:
+            register(FlushCollector(parts.flusher))
+        if parts.feed is not None:
+            register(FeedCollector(parts.feed))
+        if scrubber is not None:
+            register(ScrubCollector(scrubber))
+        self._budgets.attach(parts)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from psserver.feed import Feed
-from psserver.metrics.samples import gauges
+from psserver.metrics.samples import counter, gauge
 
 
 class FeedCollector(Collector):
@@ -20,22 +20,16 @@ class FeedCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of all subscriptions of the shard."""
         feed, lag = self._feed, self._feed.lag
-        yield from gauges(
-            (
-                ("ps_subscribers", "Open subscriptions.", feed.subscribers),
-                (
-                    "ps_subscriber_lag_versions",
-                    "Number of versions that the slowest subscriber has not received yet.",
-                    lag.versions,
-                ),
-                (
-                    "ps_subscriber_lag_seconds",
-                    "Age of the oldest change that is being sent to a subscriber, in seconds.",
-                    lag.seconds,
-                ),
-            )
+        yield gauge("ps_subscribers", "Open subscriptions.", feed.subscribers)
+        yield gauge(
+            "ps_subscriber_lag_versions",
+            "Number of versions that the slowest subscriber has not received yet.",
+            lag.versions,
         )
-        yield CounterMetricFamily("ps_subscriber_bytes", "Bytes sent to subscribers.", feed.bytes)
-        yield CounterMetricFamily(
-            "ps_subscriber_messages", "Messages sent to subscribers.", feed.messages
+        yield gauge(
+            "ps_subscriber_lag_seconds",
+            "Age of the oldest change that is being sent to a subscriber.",
+            lag.seconds,
         )
+        yield counter("ps_subscriber_bytes", "Bytes sent to subscribers.", feed.bytes)
+        yield counter("ps_subscriber_messages", "Messages sent to subscribers.", feed.messages)

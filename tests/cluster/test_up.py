@@ -138,9 +138,11 @@ class TestUp:
                 assert value("ps_requests_total", **labels) == requests
                 assert value("ps_keys_total", **labels) == requests * size
                 assert value("ps_array_bytes_total", **labels) == requests * size * (8 + 4 * DIM)
-                assert value("ps_request_seconds_count", **labels) == requests
-                assert 0 < value("ps_request_seconds_sum", **labels) < 5 * requests
-                assert value("ps_request_seconds_bucket", le="+Inf", **labels) == requests
+                lane = {"method": method, "lane": "stream"}
+                assert value("ps_request_duration_seconds_count", **lane) == requests
+                assert 0 < value("ps_request_duration_seconds_sum", **lane) < 5 * requests
+                whole = value("ps_request_duration_seconds_bucket", le="+Inf", **lane)
+                assert whole == requests
             refused = {"method": "Stream", "code": "INVALID_ARGUMENT"}
             errors = {key: n for key, n in page.items() if key[0] == "ps_errors_total"}
             assert sum(errors.values()) == 1

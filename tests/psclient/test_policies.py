@@ -236,7 +236,7 @@ def test_rules_show_in_the_metrics(
     assert total("ps_waiting_keys") == 40
     assert total("ps_refused_keys_total") == 100
     assert total("ps_dropped_gradients_total") == 200
-    assert total("ps_counter_bytes") > 0
+    assert total("ps_admission_bytes") > 0
 
 
 def test_counters_that_expire_show_in_the_metrics(

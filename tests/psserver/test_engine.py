@@ -300,3 +300,20 @@ def test_an_engine_keeps_its_loop_awake_after_a_call() -> None:
             await asyncio.to_thread(engine.close)
 
     assert asyncio.run(run()) > 20  # one or two if it sleeps
+
+
+def test_busy_time_and_waits_of_all_calls_are_measured() -> None:
+    pause = threading.Event()
+
+    async def act(engine: Engine) -> None:
+        await engine.submit(lambda: None, at_once=True)  # runs on this loop, without a wait
+        assert engine.queue_wait.sum < 0.05
+        long, waiting = engine.submit(lambda: pause.wait(0.1)), engine.submit(lambda: None)
+        engine.post(lambda: None)
+        await asyncio.gather(long, waiting)
+        await asyncio.to_thread(engine.run, lambda: None)
+        assert engine.queue_wait.total == 5
+        assert engine.queue_wait.sum >= 0.2  # of the second and the posted call
+        assert engine.busy_seconds >= 0.1
+
+    with_engine(act)

@@ -197,17 +197,18 @@ def test_a_failed_log_ends_the_thread_which_need_not_tell(
 def test_it_is_known_when_the_last_flush_was_made(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def values() -> dict[str, float]:
+        metrics = FlushCollector(home.flusher).collect()
+        return {each.name: each.value for metric in metrics for each in metric.samples}
+
     def age() -> float:
-        (metric,) = FlushCollector(home.flusher).collect()
-        (sample,) = metric.samples
-        assert sample.name == "ps_flush_age_seconds"
-        return float(sample.value)
+        return now[0] - values()["ps_flush_timestamp_seconds"]
 
     def refuse(*_: Any) -> int:
         raise DiskFull("base", 1)
 
-    now = [home.flusher.flushed]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    now = [1e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
     home.flush()
     now[0] += 100
     home.shard.exchange([push([1])], [])
@@ -222,6 +223,8 @@ def test_it_is_known_when_the_last_flush_was_made(
     assert age() == 5
     home.flush()  # nothing is to be done: all is there
     assert age() == 0
+    assert values()["ps_flush_duration_seconds_count"] == 2  # the last found nothing to write
+    assert values()["ps_flush_failures_total"] == 1
 
 
 def test_the_log_is_kept_for_a_time_and_goes_on_an_idle_shard_too(tmp_path: Path) -> None:
