@@ -1,221 +1,115 @@
-"""Write dashboard.json, the Grafana dashboard, from the list PANELS.
+"""Write dashboard.json, the Grafana dashboard.
 
-    python deploy/components/monitoring/dashboard.py > deploy/components/monitoring/dashboard.json
+    python -m deploy.components.monitoring.dashboard > deploy/components/monitoring/dashboard.json
 
-A test compares the file with the output of ``text``.
+The panels are in serving.py and storing.py. A test compares the file with the output of ``text``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from itertools import count
 
-HERE = '{job=~"$job",shard=~"$shard"}'  # the series that the two selection fields of the page allow
-WIDTH, HEIGHT = 12, 8  # size of a panel, in units of Grafana's grid, which is 24 wide
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as options
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from deploy.components.monitoring.panel import Kind, Panel
+from deploy.components.monitoring.serving import SERVING
+from deploy.components.monitoring.storing import STORING
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """One diagram with lines over time.
-
-    row     heading under which the panel is shown
-    unit    Grafana's name of the unit, for example "s", "bytes" or "reqps"
-    help    explanation that Grafana shows next to the title
-    lines   legend -> PromQL expression; a legend may contain labels, for example {{shard}}
-    """
-
-    row: str
-    title: str
-    unit: str
-    help: str
-    lines: dict[str, str]
-
-
-def rate(metric: str, by: str) -> str:
-    """Return the PromQL expression for the increase of a counter per second, summed by labels."""
-    return f"sum by ({by}) (rate({metric}{HERE}[$__rate_interval]))"
-
-
-def quantile(fraction: float, metric: str, by: str) -> str:
-    """Return the PromQL expression for a quantile of a histogram, by labels."""
-    return f"histogram_quantile({fraction}, {rate(metric + '_bucket', f'le, {by}')})"
-
-
-PANELS = (
-    Panel(
-        row="Health",
-        title="Shards that serve",
-        unit="short",
-        help="1: the shard serves. 0: it starts or recovers. No line: it cannot be scraped.",
-        lines={"shard {{shard}}": f"ps_ready{HERE}"},
-    ),
-    Panel(
-        row="Health",
-        title="Failed requests",
-        unit="reqps",
-        help="Requests per second that a shard refused or could not serve, by reason. Clients"
-        " retry OVERLOADED and STARTING. DISK_FULL and OUT_OF_MEMORY need an operator.",
-        lines={"{{reason}}": rate("ps_errors_total", "reason")},
-    ),
-    Panel(
-        row="Traffic",
-        title="Requests",
-        unit="reqps",
-        help="Pulls, pushes and deletes per second.",
-        lines={"{{method}}": rate("ps_requests_total", "method")},
-    ),
-    Panel(
-        row="Traffic",
-        title="Keys per second",
-        unit="short",
-        help="Keys in pulls, pushes and deletes.",
-        lines={"{{method}}": rate("ps_keys_total", "method")},
-    ),
-    Panel(
-        row="Traffic",
-        title="Latency, 99th percentile",
-        unit="s",
-        help="Time that a request takes on the shard, without the network. A line far above the"
-        " others is a slow shard.",
-        lines={"shard {{shard}}": quantile(0.99, "ps_request_seconds", "shard")},
-    ),
-    Panel(
-        row="Traffic",
-        title="Requests in flight",
-        unit="bytes",
-        help="Bytes of requests and replies in the memory of a shard.",
-        lines={"shard {{shard}}": f"ps_inflight_bytes{HERE}"},
-    ),
-    Panel(
-        row="Memory and disk",
-        title="Memory of tables",
-        unit="percentunit",
-        help="Part of the memory for tables that is used. At 1, rows that are used rarely are on"
-        " disk only.",
-        lines={"shard {{shard}}": f"ps_memory_bytes{HERE} / ps_memory_budget_bytes{HERE}"},
-    ),
-    Panel(
-        row="Memory and disk",
-        title="Rows",
-        unit="short",
-        help="Rows by table and tier: host is memory, lmdb is disk.",
-        lines={"{{table}} {{tier}}": f"sum by (table, tier) (ps_table_rows{HERE})"},
-    ),
-    Panel(
-        row="Memory and disk",
-        title="Wait for rows on disk, 99th percentile",
-        unit="s",
-        help="Time that requests waited until their rows were read from disk.",
-        lines={"shard {{shard}}": quantile(0.99, "ps_warm_read_seconds", "shard")},
-    ),
-    Panel(
-        row="Memory and disk",
-        title="Lost rows",
-        unit="short",
-        help="Rows that cannot be read, because a block on disk is damaged.",
-        lines={"{{table}}": f"sum by (table) (ps_lost_rows{HERE})"},
-    ),
-    Panel(
-        row="Durability",
-        title="Age of the last flush",
-        unit="s",
-        help="A restart replays all changes since the last flush.",
-        lines={"shard {{shard}}": f"ps_flush_age_seconds{HERE}"},
-    ),
-    Panel(
-        row="Durability",
-        title="Log records that wait for the disk",
-        unit="bytes",
-        help="Bytes of the version log that are not written to the file yet.",
-        lines={"shard {{shard}}": f"ps_log_backlog_bytes{HERE}"},
-    ),
-    Panel(
-        row="Subscribers",
-        title="Lag of the slowest subscriber",
-        unit="s",
-        help="Age of the oldest change that is being sent to a subscriber.",
-        lines={"shard {{shard}}": f"ps_subscriber_lag_seconds{HERE}"},
-    ),
-    Panel(
-        row="Subscribers",
-        title="Subscribers",
-        unit="short",
-        help="Open subscriptions.",
-        lines={"shard {{shard}}": f"ps_subscribers{HERE}"},
-    ),
+ORDER = (  # of the rows
+    *("Overview", "Traffic", "Latency", "Engine", "Tiers", "Admission and eviction"),
+    *("Log and freshness", "Checkpoints", "Saturation"),
 )
-
-
-def dashboard() -> dict[str, Any]:
-    """Return the dashboard in Grafana's JSON model."""
-    panels: list[dict[str, Any]] = []
-    top, left, heading = 0, 0, ""
-    for panel in PANELS:
-        if panel.row != heading:
-            top, left, heading = top + (HEIGHT if left else 0), 0, panel.row
-            panels.append(_box(len(panels), heading, "row", 0, top, 2 * WIDTH, 1))
-            top += 1
-        box = _box(len(panels), panel.title, "timeseries", left, top, WIDTH, HEIGHT)
-        panels.append(box | _content(panel))
-        top, left = (top, WIDTH) if left == 0 else (top + HEIGHT, 0)
-    return {
-        "uid": "embedding-ps",
-        "title": "embedding-ps",
-        "tags": ["embedding-ps"],
-        "schemaVersion": 39,
-        "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_source(), _choice("job", ""), _choice("shard", '{job=~"$job"}')]},
-        "panels": panels,
-    }
+WIDTH, HEIGHT = 8, 8  # size of a panel, in units of Grafana's grid, which is 24 wide
+SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
 def text() -> str:
     """Return the contents of dashboard.json."""
-    return json.dumps(dashboard(), indent=1, sort_keys=True) + "\n"
+    return json.dumps(build(), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
-def _box(number: int, title: str, kind: str, x: int, y: int, w: int, h: int) -> dict[str, Any]:
-    """Return the fields that all kinds of panels have: number, title, kind, position and size."""
-    grid = {"x": x, "y": y, "w": w, "h": h}
-    return {"id": number + 1, "title": title, "type": kind, "gridPos": grid}
+def build() -> model.Dashboard:
+    """Return the dashboard. The ids of its rows and panels are 1, 2, 3, ... in their order."""
+    builder = (
+        dashboard.Dashboard("embedding-ps")
+        .uid("embedding-ps")
+        .tags(["embedding-ps"])
+        .refresh("30s")
+        .time("now-1h", "now")
+        .timezone("browser")
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
+        .with_variable(_choice("job", ""))
+        .with_variable(_choice("shard", '{job=~"$job"}'))
+    )
+    rows, ids = {**SERVING, **STORING}, count(1)
+    for title in ORDER:
+        builder.with_row(dashboard.Row(title).id(next(ids)))
+        for panel in rows.pop(title):
+            builder.with_panel(_drawn(panel).id(next(ids)).span(WIDTH).height(HEIGHT))
+    assert not rows, f"rows without a place in ORDER: {list(rows)}"
+    return builder.build()
 
 
-def _content(panel: Panel) -> dict[str, Any]:
-    """Return the fields of a panel with lines: its explanation, unit and queries."""
-    return {
-        "description": panel.help,
-        "datasource": SOURCE,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
-        "targets": [
-            {"refId": chr(ord("A") + at), "expr": query, "legendFormat": legend}
-            for at, (legend, query) in enumerate(panel.lines.items())
-        ],
-    }
+def _drawn(panel: Panel) -> timeseries.Panel | heatmap.Panel:
+    """Return a panel with its title, explanation, queries and unit, in the way of its kind."""
+    drawn = _heatmap(panel) if panel.kind is Kind.HEATMAP else _lines(panel)
+    drawn.title(panel.title).description(panel.help).datasource(SOURCE)
+    for at, (legend, expression) in enumerate(panel.lines.items()):
+        query = prometheus.Dataquery().ref_id(chr(ord("A") + at)).expr(expression)
+        if panel.kind is Kind.HEATMAP:
+            query.format(PromQueryFormat.HEATMAP)
+        drawn.with_target(query.legend_format(legend))
+    return drawn
 
 
-def _source() -> dict[str, Any]:
-    """Return the field in which a reader of the page selects the Prometheus server."""
-    return {"name": "datasource", "type": "datasource", "query": "prometheus"}
+def _lines(panel: Panel) -> timeseries.Panel:
+    """Return an empty panel with lines, or with areas on top of each other."""
+    legend = common.VizLegendOptions().show_legend(True).placement(options.LegendPlacement.BOTTOM)
+    drawn = timeseries.Panel().unit(panel.unit).min(0).legend(legend).fill_opacity(10)
+    drawn.tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI))
+    if panel.kind is Kind.STACKED:
+        drawn.fill_opacity(40).stacking(common.StackingConfig().mode(options.StackingMode.NORMAL))
+    if panel.limit is not None:
+        line = options.GraphThresholdsStyleMode.LINE
+        steps = [
+            model.Threshold(value=None, color="green"),
+            model.Threshold(value=panel.limit, color="red"),
+        ]
+        drawn.thresholds(
+            dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps)
+        )
+        drawn.thresholds_style(common.GraphThresholdsStyleConfig().mode(line))
+    return drawn
 
 
-def _choice(label: str, among: str) -> dict[str, Any]:
+def _heatmap(panel: Panel) -> heatmap.Panel:
+    """Return an empty panel for the buckets of a histogram."""
+    color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues").steps(64)
+    axis = heatmap.YAxisConfig().unit(panel.unit)
+    return heatmap.Panel().calculate(False).color(color).y_axis(axis)
+
+
+def _choice(label: str, among: str) -> dashboard.QueryVariable:
     """Return the field in which a reader selects values of ``label``; default: all.
 
     among  PromQL selector of the series whose values are offered
     """
-    return {
-        "name": label,
-        "type": "query",
-        "datasource": SOURCE,
-        "query": f"label_values(ps_version{among}, {label})",
-        "refresh": 2,  # whenever the time range changes
-        "multi": True,
-        "includeAll": True,
-        "current": {"text": "All", "value": "$__all"},
-    }
+    return (
+        dashboard.QueryVariable(label)
+        .datasource(SOURCE)
+        .query(f"label_values(ps_version{among}, {label})")
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(True)
+        .include_all(True)
+        .current(model.VariableOption(text="All", value="$__all"))
+    )
 
 
 if __name__ == "__main__":

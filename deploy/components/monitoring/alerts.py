@@ -1,0 +1,204 @@
+"""Write rules.yaml, the alerts for Prometheus, from the list ALERTS.
+
+    python -m deploy.components.monitoring.alerts > deploy/components/monitoring/rules.yaml
+
+A test compares the file with the output of ``text``. The numbers are in thresholds.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from deploy.components.monitoring import thresholds as at
+
+SHARD = "sum by (namespace, shard)"
+HEADER = "# Written by alerts.py, whose first lines have the command.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One alert.
+
+    hold        how long the expression must have a result before the alert fires, for example "5m"
+    critical    somebody must act now; otherwise a warning
+    expression  PromQL; each series of its result is one alert
+    summary     what has happened; may contain labels and the value, in Prometheus' template syntax
+    section     section of docs/runbook.md that says what to do
+    """
+
+    name: str
+    hold: str
+    critical: bool
+    expression: str
+    summary: str
+    section: str
+
+    def rule(self) -> dict[str, Any]:
+        """Return the alert in the form of a rule file of Prometheus."""
+        held = {"for": self.hold} if self.hold else {}
+        return {
+            "alert": self.name,
+            "expr": self.expression,
+            **held,
+            "labels": {"severity": "critical" if self.critical else "warning"},
+            "annotations": {
+                "summary": self.summary,
+                "action": f"docs/runbook.md, {self.section}",
+            },
+        }
+
+
+def _refused(reason: str) -> str:
+    """Return the expression for shards that refused requests for a reason in the last minutes."""
+    return f'{SHARD} (increase(ps_errors_total{{reason="{reason}"}}[5m])) > 0'
+
+
+def _p99(histogram: str, window: str = "5m") -> str:
+    """Return the expression for the 99th percentile of a histogram, by shard."""
+    buckets = f"sum by (namespace, shard, le) (rate({histogram}_bucket[{window}]))"
+    return f"histogram_quantile(0.99, {buckets})"
+
+
+# The chart replaces the namespace, and the first part of the claims' names.
+CLAIMS = '{namespace="ps", persistentvolumeclaim=~"data-ps-.+"}'
+LATENCY = _p99("ps_request_seconds")
+
+ALERTS = (
+    Alert(
+        "PsShardDown",
+        "1m",
+        True,
+        "group by (namespace, shard) (last_over_time(ps_ready[7d]))\n"
+        "unless group by (namespace, shard) (ps_ready)",
+        "Shard {{ $labels.shard }} cannot be scraped, although it could be in the last 7 days.",
+        "lost node",
+    ),
+    Alert(
+        "PsShardNotReady",
+        "15m",
+        False,
+        "ps_ready == 0",
+        "Shard {{ $labels.shard }} has not been ready for 15 minutes.",
+        "broken revision",
+    ),
+    Alert(
+        "PsDiskFull",
+        "",
+        True,
+        _refused("DISK_FULL"),
+        "Shard {{ $labels.shard }} refuses pushes, because its disk is full.",
+        "full disk",
+    ),
+    Alert(
+        "PsVolumeNearlyFull",
+        "5m",
+        False,
+        f"kubelet_volume_stats_available_bytes{CLAIMS}\n"
+        f"/ kubelet_volume_stats_capacity_bytes{CLAIMS}\n"
+        f"< {at.DISK_FREE}",
+        f"The claim {{{{ $labels.persistentvolumeclaim }}}} has less than {at.DISK_FREE:.0%} free.",
+        "growing a claim",
+    ),
+    Alert(
+        "PsOutOfMemory",
+        "",
+        True,
+        _refused("OUT_OF_MEMORY"),
+        "Shard {{ $labels.shard }} refuses pushes, because its tables have no memory left.",
+        "little memory",
+    ),
+    Alert(
+        "PsOverloaded",
+        "10m",
+        False,
+        f'{SHARD} (rate(ps_errors_total{{reason="OVERLOADED"}}[5m])) > {at.OVERLOADED_PER_SECOND}',
+        "Shard {{ $labels.shard }} refuses {{ $value | humanize }} requests per second as"
+        " overloaded.",
+        "overload",
+    ),
+    Alert(
+        "PsSlowShard",
+        "10m",
+        False,
+        f"{LATENCY}\n"
+        f"> on (namespace) group_left () {at.SLOW_FACTOR} * quantile by (namespace) (0.5,\n"
+        f"{LATENCY})\n"
+        f"> {at.SLOW_SECONDS}",
+        f"Requests take {at.SLOW_FACTOR} times as long on shard {{{{ $labels.shard }}}} as on most"
+        " shards.",
+        "slow shard",
+    ),
+    Alert(
+        "PsDamagedRows",
+        "",
+        True,
+        "sum by (namespace, shard, table) (ps_lost_rows) > 0",
+        "Table {{ $labels.table }} has {{ $value }} rows on shard {{ $labels.shard }} that cannot"
+        " be read.",
+        "damaged block",
+    ),
+    Alert(
+        "PsFlushOverdue",
+        "5m",
+        False,
+        f"ps_flush_age_seconds > {at.FLUSH_SECONDS}",
+        "The last flush of shard {{ $labels.shard }} was {{ $value | humanizeDuration }} ago, so a"
+        " restart takes longer.",
+        "overdue flush",
+    ),
+    Alert(
+        "PsSubscriberLags",
+        "5m",
+        False,
+        f"ps_subscriber_lag_seconds > {at.SUBSCRIBER_LAG_SECONDS}",
+        "A subscriber of shard {{ $labels.shard }} is {{ $value | humanizeDuration }} late.",
+        "late subscriber",
+    ),
+    Alert(
+        "PsGpuPaused",
+        "15m",
+        False,
+        "ps_gpu_paused == 1",
+        "Shard {{ $labels.shard }} moves no rows to its GPU, because the GPU has no memory left.",
+        "paused GPU",
+    ),
+)
+
+
+_Dumper = type("_Dumper", (yaml.SafeDumper,), {})  # writes strings of several lines as blocks
+
+
+def _scalar(dumper: Any, value: str) -> Any:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+yaml.add_representer(str, _scalar, Dumper=_Dumper)
+
+
+def groups() -> list[dict[str, Any]]:
+    """Return the groups of rules, in the form of a rule file of Prometheus."""
+    return [{"name": "embedding-ps", "rules": [alert.rule() for alert in ALERTS]}]
+
+
+def text() -> str:
+    """Return the contents of rules.yaml."""
+    rules = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {
+            "name": "ps",
+            "namespace": "ps",
+            "labels": {"app.kubernetes.io/part-of": "embedding-ps"},
+        },
+        "spec": {"groups": [{"name": "embedding-ps", "rules": [alert.rule() for alert in ALERTS]}]},
+    }
+    dumped: str = yaml.dump(rules, Dumper=_Dumper, sort_keys=False, width=10_000)
+    return HEADER + dumped
+
+
+if __name__ == "__main__":
+    print(text(), end="")

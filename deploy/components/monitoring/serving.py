@@ -1,0 +1,141 @@
+"""Rows of the dashboard about requests: how many, how fast, and what they wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deploy.components.monitoring.panel import SHARD, Kind, Panel, of, quantile, rate
+
+SERVING: Mapping[str, tuple[Panel, ...]] = {
+    "Overview": (
+        Panel(
+            "Shards that serve",
+            "short",
+            "1: the shard serves. 0: it starts or recovers. No line: it cannot be scraped.",
+            {SHARD: of("ps_ready")},
+        ),
+        Panel(
+            "Failed requests",
+            "reqps",
+            "Requests per second that the shards refused or could not serve, by reason. Clients"
+            " retry OVERLOADED and STARTING. DISK_FULL and OUT_OF_MEMORY need an operator.",
+            {"{{reason}}": rate("ps_errors_total", "reason")},
+        ),
+    ),
+    "Traffic": (
+        Panel(
+            "Requests",
+            "reqps",
+            "Requests served per second, by method.",
+            {"{{method}}": rate("ps_requests_total", "method")},
+            Kind.STACKED,
+        ),
+        Panel(
+            "Requests by shard",
+            "reqps",
+            "Requests served per second. A shard with a line far above the others has a key that"
+            " is far more frequent than all others.",
+            {SHARD: rate("ps_requests_total", "shard")},
+        ),
+        Panel(
+            "Keys",
+            "short",
+            "Keys per second in served requests, by table.",
+            {"{{table}}": rate("ps_keys_total", "table")},
+            Kind.STACKED,
+        ),
+        Panel(
+            "Bytes",
+            "Bps",
+            "Bytes per second of keys, rows and gradients in served requests, by method.",
+            {"{{method}}": rate("ps_array_bytes_total", "method")},
+            Kind.STACKED,
+        ),
+        Panel(
+            "Clients",
+            "short",
+            "Open streams of clients, and clients that use the same-host lane (shared memory).",
+            {
+                f"streams, {SHARD}": of("ps_streams"),
+                f"lane, {SHARD}": of("ps_lane_clients"),
+            },
+        ),
+    ),
+    "Latency": (
+        Panel(
+            "Latency by method",
+            "s",
+            "Time that a request takes on the shard, without the network: median and 99th"
+            " percentile.",
+            {
+                "{{method}} p50": quantile(0.5, "ps_request_seconds", "method"),
+                "{{method}} p99": quantile(0.99, "ps_request_seconds", "method"),
+            },
+        ),
+        Panel(
+            "Latency by shard, 99th percentile",
+            "s",
+            "A line far above the others is a slow shard, for which every training step waits.",
+            {SHARD: quantile(0.99, "ps_request_seconds", "shard")},
+        ),
+        Panel(
+            "Latency by table, 99th percentile",
+            "s",
+            "Time that a request for a table takes on the shard, without the network.",
+            {"{{table}}": quantile(0.99, "ps_request_seconds", "table")},
+        ),
+        Panel(
+            "Distribution of latency",
+            "s",
+            "How many requests per second took how long. Two separate bands are two kinds of"
+            " requests, for example those that waited for the disk.",
+            {"{{le}}": rate("ps_request_seconds_bucket", "le")},
+            Kind.HEATMAP,
+        ),
+    ),
+    "Engine": (
+        Panel(
+            "Calls that wait for the engine",
+            "short",
+            "Calls that wait for the engine thread, which reads and writes all rows of a shard.",
+            {SHARD: of("ps_engine_waiting")},
+        ),
+        Panel(
+            "Failures between requests",
+            "short",
+            "Failures per second of moves of rows, and of reads ahead of requests. The log of the"
+            " shard says why.",
+            {SHARD: rate("ps_engine_failures_total", "shard")},
+        ),
+    ),
+    "Admission and eviction": (
+        Panel(
+            "Admitted and refused keys",
+            "short",
+            "New keys per second that pushes brought: admitted keys get a row, refused ones do"
+            " not yet.",
+            {
+                "{{table}} admitted": rate("ps_admitted_keys_total", "table"),
+                "{{table}} refused": rate("ps_refused_keys_total", "table"),
+            },
+        ),
+        Panel(
+            "Dropped gradients",
+            "short",
+            "Gradients per second that had no effect, because their key has no row yet.",
+            {"{{table}}": rate("ps_dropped_gradients_total", "table")},
+        ),
+        Panel(
+            "Keys that are counted",
+            "short",
+            "Keys that are counted, but have no row yet.",
+            {"{{table}}": f"sum by (table) ({of('ps_waiting_keys')})"},
+        ),
+        Panel(
+            "Evicted rows",
+            "short",
+            "Rows per second that the eviction rules deleted, by rule.",
+            {"{{table}} {{cause}}": rate("ps_evicted_rows_total", "table, cause")},
+        ),
+    ),
+}

@@ -1,0 +1,143 @@
+"""A load on a cluster that lets every metric have values: trainers, a subscriber, checkpoints,
+eviction, rows that are on disk only, and requests that are refused.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from psclient import Client, Subscriber, Table, admin
+from psclient.errors import PsError
+
+KEYS = 400_000  # of the table "user", whose rows do not fit into memory
+BATCH = 2_000
+DIM = 16
+PAUSE = 0.1  # seconds between two steps of a trainer
+
+
+class Load:
+    """Threads that use a cluster, from ``start`` to ``stop``.
+
+    addresses   of the shards
+    seconds     after how many seconds something that is rare happens again, such as a checkpoint
+    """
+
+    def __init__(self, addresses: Sequence[str], seconds: float) -> None:
+        self._addresses, self._seconds = list(addresses), seconds
+        self._ended = threading.Event()
+        self.errors: list[BaseException] = []
+        self.steps = 0
+        self.changes = 0
+
+    def start(self) -> Load:
+        """Create and fill the tables, then start the threads."""
+        with self._client() as client:
+            client.create_table("user", DIM, lr=0.05, eviction={"step_ttl": {"steps": 50}})
+            client.create_table(
+                "item",
+                DIM,
+                admission="counter",
+                admission_args={"threshold": 3},
+                durability="fsync",
+            )
+            client.create_table("tiny", DIM)
+            user = client.table("user")
+            for keys in np.array_split(np.arange(KEYS), 40):
+                user.push(keys, np.ones((len(keys), DIM), np.float32), step=1)
+        jobs = (self._train, self._exchange, self._follow, self._operate, self._exceed)
+        self._threads = [threading.Thread(target=self._run, args=(job,)) for job in jobs]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the threads. Raises the first error that one of them had."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        if self.errors:
+            raise self.errors[0]
+
+    def _client(self, **options: float) -> Client:
+        return Client(self._addresses, timeout=60, **options)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # raised by ``stop``
+            self.errors.append(error)
+
+    def _keys(self, rng: np.random.Generator) -> np.ndarray:
+        """Return keys of which few are frequent and some are on disk only."""
+        frequent = rng.zipf(1.3, BATCH - BATCH // 10).astype(np.int64) % KEYS
+        return np.concatenate([frequent, rng.integers(0, KEYS, BATCH // 10)])
+
+    def _train(self) -> None:
+        """Pull, push and sometimes delete."""
+        rng = np.random.default_rng(1)
+        with self._client() as client:
+            user, item = client.table("user"), client.table("item")
+            while not self._ended.wait(PAUSE):
+                keys = self._keys(rng)
+                rows = user.pull(keys)
+                user.push(keys, rows, step=2 + self.steps // 10)
+                item.push(keys[:200], rows[:200], step=2 + self.steps // 10)
+                if self.steps % 10 == 0:
+                    item.delete(keys[:10])
+                self.steps += 1
+
+    def _exchange(self) -> None:
+        """Push the gradients of one step and pull the rows of the next in one message."""
+        rng = np.random.default_rng(2)
+        with self._client() as client:
+            user = client.table("user")
+            keys = self._keys(rng)
+            rows = user.pull(keys)
+            while not self._ended.wait(PAUSE):
+                following = self._keys(rng)
+                rows = user.exchange(following, (keys, rows))
+                keys = following
+
+    def _follow(self) -> None:
+        """Receive all changes of all tables, from now on."""
+        with Subscriber(self._addresses, start="latest") as subscriber:
+            while not self._ended.is_set():
+                if subscriber.next(timeout=0.2) is not None:
+                    self.changes += 1
+
+    def _operate(self) -> None:
+        """Write checkpoints, and evict rows."""
+        with self._client() as client:
+            for number in range(1000):
+                admin.checkpoint(client, f"c{number}")
+                client.evict("user")
+                if self._ended.wait(self._seconds):
+                    return
+
+    def _exceed(self) -> None:
+        """Do what the shards refuse: too large a table, too many bytes at a time, an unknown table."""
+        with self._client() as client, ThreadPoolExecutor(8) as pool:
+            tiny, user = client.table("tiny"), client.table("user")
+            large = np.arange(60_000)
+            while not self._ended.wait(self._seconds / 4):
+                for _ in pool.map(lambda _: user.pull(large), range(8)):
+                    pass
+                self._refused(lambda: self._fill(tiny), "OUT_OF_MEMORY")
+                self._refused(lambda: client.pull({"absent": [1]}), "TABLE_NOT_FOUND")
+
+    def _fill(self, table: Table) -> None:
+        for start in range(0, 100 * BATCH, BATCH):
+            table.push(np.arange(start, start + BATCH), np.ones((BATCH, DIM), np.float32))
+
+    def _refused(self, act: Callable[[], object], reason: str) -> None:
+        try:
+            act()
+        except PsError as error:
+            assert error.reason == reason, error
+        else:
+            raise AssertionError(f"expected the error {reason}")
