@@ -1,4 +1,4 @@
-"""Draw all panels of the dashboard from the data of a Prometheus, as one HTML page and as a picture.
+"""Draw all panels of the dashboard with the data of a Prometheus, as an HTML page and a picture.
 
     python -m tests.deploy.contactsheet http://127.0.0.1:9090 sheet.html [sheet.png]
 
@@ -67,12 +67,16 @@ def filled(expression: str, window: str = "10s") -> str:
 
 
 def asker(url: str, end: float) -> Ask:
-    """Return a function that evaluates an expression at a Prometheus, up to the Unix time ``end``."""
+    """Return a function that asks a Prometheus for the result of an expression.
+
+    end  Unix time of the end of the time axis
+    """
 
     def ask(expression: str) -> list[dict[str, Any]]:
         times = {"start": end - SECONDS, "end": end, "step": STEP}
         query = urllib.parse.urlencode({"query": filled(expression), **times})
-        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=60) as answer:
+        where = f"{url}/api/v1/query_range?{query}"
+        with urllib.request.urlopen(where, timeout=60) as answer:  # noqa: S310
             return list(json.load(answer)["data"]["result"])
 
     return ask

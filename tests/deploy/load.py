@@ -5,11 +5,11 @@ eviction, rows that are on disk only, and requests that are refused.
 from __future__ import annotations
 
 import threading
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from psclient import Client, Subscriber, Table, admin
 from psclient.errors import PsError
@@ -120,7 +120,7 @@ class Load:
                     return
 
     def _exceed(self) -> None:
-        """Do what the shards refuse: too large a table, too many bytes at a time, an unknown table."""
+        """Do what shards refuse: too large a table, too many bytes at a time, an unknown table."""
         with self._client() as client, ThreadPoolExecutor(8) as pool:
             tiny, user = client.table("tiny"), client.table("user")
             large = np.arange(60_000)
@@ -135,9 +135,6 @@ class Load:
             table.push(np.arange(start, start + BATCH), np.ones((BATCH, DIM), np.float32))
 
     def _refused(self, act: Callable[[], object], reason: str) -> None:
-        try:
+        with pytest.raises(PsError) as caught:
             act()
-        except PsError as error:
-            assert error.reason == reason, error
-        else:
-            raise AssertionError(f"expected the error {reason}")
+        assert caught.value.reason == reason

@@ -24,9 +24,10 @@ from servers import Cluster, eventually
 from tools import program
 from watching import Alertmanager, Prometheus, Webhook
 
-from deploy.components.monitoring import alerts, dashboard
+from deploy.components.monitoring import alerts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+DASHBOARD = Path(alerts.__file__).parent / "dashboard.json"
 MIB = 1 << 20
 SECONDS = 40.0  # how long the load works before the expressions are evaluated
 FLAGS = (
@@ -38,11 +39,11 @@ ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
     "PsVolumeNearlyFull": "the metrics come from the kubelet of Kubernetes",
     "PsGpuPaused": "needs a GPU",
 }
-PANELS = [panel for panel in json.loads(dashboard.text())["panels"] if panel["type"] != "row"]
+PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
 EXPRESSIONS = {
     f"{panel['title']} {target['refId']}": contactsheet.filled(target["expr"])
     for panel in PANELS
-    for target in panel["targets"]
+    for target in panel.get("targets", [])
 } | {alert.name: alert.expression for alert in alerts.ALERTS}
 
 
@@ -92,7 +93,7 @@ def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def _impatient() -> list[dict[str, Any]]:
-    """Return the groups of rules, but alerts fire after 2 s. rules_test.yaml tests the real times."""
+    """Return the rules, but alerts fire after 2 s. rules_test.yaml tests the real times."""
     groups = alerts.groups()
     for rule in chain.from_iterable(group["rules"] for group in groups):
         if "for" in rule:
@@ -101,10 +102,10 @@ def _impatient() -> list[dict[str, Any]]:
 
 
 def measured(expression: str) -> str:
-    """Return an expression that has a result exactly if all quantities in ``expression`` have one.
+    """Return an expression that has a result if and only if all quantities in it have one.
 
-    The result of ``a > b`` is empty if no ``a`` is greater. That of ``a > bool b`` is 0 or 1. In the
-    same way, ``a unless b`` becomes ``a and b``.
+    The result of ``a > b`` is empty if no ``a`` is greater. That of ``a > bool b`` is 0 or 1.
+    In the same way, ``a unless b`` becomes ``a and b``.
     """
     return re.sub(r" (<|>|==) ", r" \1 bool ", expression.replace("unless", "and"))
 
@@ -136,7 +137,7 @@ def test_an_alert_arrives_and_resolves(cluster: Cluster, watched: Watched) -> No
 def test_the_contact_sheet_has_every_panel(watched: Watched, tmp_path: Path) -> None:
     ask = contactsheet.asker(f"http://127.0.0.1:{watched.prometheus.port}", watched.end)
     html, png = tmp_path / "sheet.html", tmp_path / "sheet.png"
-    html.write_text(contactsheet.page(json.loads(dashboard.text())["panels"], ask))
+    html.write_text(contactsheet.page(PANELS, ask))
     program("chromium", in_ci=False)
     contactsheet.picture(html, png)
     assert png.stat().st_size > 100_000
