@@ -37,7 +37,7 @@ class Load:
     def start(self) -> Load:
         """Create and fill the tables, then start the threads."""
         with self._client() as client:
-            client.create_table("user", DIM, lr=0.05, eviction={"step_ttl": {"steps": 50}})
+            client.create_table("user", DIM, lr=0.05, eviction={"step_ttl": {"steps": 5}})
             client.create_table(
                 "item",
                 DIM,
@@ -45,11 +45,8 @@ class Load:
                 admission_args={"threshold": 3},
                 durability="fsync",
             )
-            client.create_table("tiny", DIM)
-            user = client.table("user")
-            for keys in np.array_split(np.arange(KEYS), 40):
-                user.push(keys, np.ones((len(keys), DIM), np.float32), step=1)
-        jobs = (self._train, self._exchange, self._follow, self._operate, self._exceed)
+            self._push(client.table("user"), KEYS)
+        jobs = (self._train, self._exchange, self._follow, self._operate, self._exceed, self._fill)
         self._threads = [threading.Thread(target=self._run, args=(job,)) for job in jobs]
         for thread in self._threads:
             thread.start()
@@ -63,8 +60,8 @@ class Load:
         if self.errors:
             raise self.errors[0]
 
-    def _client(self, **options: float) -> Client:
-        return Client(self._addresses, timeout=60, **options)
+    def _client(self, timeout: float = 60.0) -> Client:
+        return Client(self._addresses, timeout=timeout)
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -120,21 +117,38 @@ class Load:
                     return
 
     def _exceed(self) -> None:
-        """Do what shards refuse: too large a table, too many bytes at a time, an unknown table."""
+        """Do what shards refuse: too many bytes at a time, too large a table, an unknown table."""
         with self._client() as client, ThreadPoolExecutor(8) as pool:
-            tiny, user = client.table("tiny"), client.table("user")
+            user = client.table("user")
             large = np.arange(60_000)
+            sketch = {"expected_keys": 100_000_000}
             while not self._ended.wait(self._seconds / 4):
                 for _ in pool.map(lambda _: user.pull(large), range(8)):
                     pass
-                self._refused(lambda: self._fill(tiny), "OUT_OF_MEMORY")
-                self._refused(lambda: client.pull({"absent": [1]}), "TABLE_NOT_FOUND")
+                self._refused(
+                    "OUT_OF_MEMORY",
+                    lambda: client.create_table(
+                        "large", DIM, admission="sketch", admission_args=sketch
+                    ),
+                )
+                self._refused("TABLE_NOT_FOUND", lambda: client.pull({"absent": [1]}))
 
-    def _fill(self, table: Table) -> None:
-        for start in range(0, 100 * BATCH, BATCH):
-            table.push(np.arange(start, start + BATCH), np.ones((BATCH, DIM), np.float32))
+    def _fill(self) -> None:
+        """Push new keys until the disk is full, then drop their table."""
+        if self._ended.wait(self._seconds):
+            return
+        with self._client(timeout=1.0) as client:
+            extra = client.create_table("extra", DIM)
+            self._refused("DISK_FULL", lambda: self._push(extra, KEYS * 4))
+        with self._client() as client:
+            client.drop_table("extra")
 
-    def _refused(self, act: Callable[[], object], reason: str) -> None:
+    def _push(self, table: Table, count: int) -> None:
+        """Push the keys up to ``count`` in several batches."""
+        for keys in np.array_split(np.arange(count), count // (5 * BATCH)):
+            table.push(keys, np.ones((len(keys), DIM), np.float32), step=1)
+
+    def _refused(self, reason: str, act: Callable[[], object]) -> None:
         with pytest.raises(PsError) as caught:
             act()
-        assert caught.value.reason == reason
+        assert caught.value.reason == reason, caught.value

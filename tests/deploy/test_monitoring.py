@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from tools import program, run
 from psclient import Client
 
 MONITORING = DEPLOY / "components" / "monitoring"
+RULES_TEST = ROOT / "tests" / "deploy" / "rules_test.yaml"
 OTHERS = {  # metrics of the kubelet
     "kubelet_volume_stats_available_bytes",
     "kubelet_volume_stats_capacity_bytes",
 }
+ON_A_GPU = {"ps_gpu_paused"}  # metrics of shards with a GPU only
 # words of PromQL that are neither metrics nor labels
 WORDS = {
     *("and", "or", "unless", "by", "on", "group_left", "sum", "group", "rate", "increase"),
@@ -61,10 +64,13 @@ def metrics_of(expression: str) -> set[str]:
 def exposed(cluster1: Cluster) -> dict[str, set[str]]:
     """The metrics of a server that has a table and served requests, and the labels of each."""
     with Client(cluster1.addresses, timeout=60) as client:
-        table = client.create_table("monitored", dim=4, optimizer="sgd", lr=0.1)
+        rules = {"step_ttl": {"steps": 1}}
+        table = client.create_table("monitored", dim=4, optimizer="sgd", lr=0.1, eviction=rules)
         keys = np.arange(10)
-        table.push(keys, np.ones((10, 4), np.float32))
+        table.push(keys, np.ones((10, 4), np.float32), step=1)
+        table.push(keys[:1], np.ones((1, 4), np.float32), step=100)
         table.pull(keys)
+        client.evict("monitored")
     url = f"http://127.0.0.1:{cluster1.metrics_port}/metrics"
     with urllib.request.urlopen(url, timeout=10) as page:
         text = page.read().decode()
@@ -82,7 +88,7 @@ def test_every_metric_and_label_exists(name: str, exposed: dict[str, set[str]]) 
     expression = EXPRESSIONS[name]
     metrics = metrics_of(expression)
     assert metrics, "no metric was found in the expression"
-    for metric in metrics - OTHERS:
+    for metric in metrics - OTHERS - ON_A_GPU:
         base = re.sub(r"_(bucket|total)$", "", metric)
         assert metric in exposed or base in exposed, f"{metric} is not in /metrics"
     of_target = {"shard", "namespace", "job"}  # labels that Prometheus adds
@@ -95,6 +101,11 @@ def test_every_metric_and_label_exists(name: str, exposed: dict[str, set[str]]) 
     assert set(labels) - {""} <= known
 
 
+def test_the_metrics_of_a_gpu_exist() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "psserver" / "metrics").glob("*.py"))
+    assert all(f'"{metric}"' in source for metric in ON_A_GPU)
+
+
 def test_the_list_of_metrics_can_fail(exposed: dict[str, set[str]]) -> None:
     assert metrics_of('sum by (a) (rate(ps_x_total{b="c"}[5m])) / ps_y') == {"ps_x_total", "ps_y"}
     assert "ps_x" not in exposed
@@ -102,9 +113,13 @@ def test_the_list_of_metrics_can_fail(exposed: dict[str, set[str]]) -> None:
     assert "le" in exposed["ps_request_seconds_bucket"]
 
 
-def test_the_dashboard_is_the_one_of_its_source() -> None:
-    command = [sys.executable, str(MONITORING / "dashboard.py")]
-    assert (MONITORING / "dashboard.json").read_text() == run(command)
+@pytest.mark.parametrize(
+    ("source", "file"), [("dashboard", "dashboard.json"), ("alerts", "rules.yaml")]
+)
+def test_the_file_is_the_one_of_its_source(source: str, file: str) -> None:
+    command = [sys.executable, "-m", f"deploy.components.monitoring.{source}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (MONITORING / file).read_text() == done.stdout
 
 
 def test_production_applies_the_alerts_and_the_dashboard() -> None:
@@ -114,7 +129,10 @@ def test_production_applies_the_alerts_and_the_dashboard() -> None:
     assert json.loads(config["data"]["embedding-ps.json"])["panels"] == panels()
 
 
-def test_panels_do_not_overlap_and_have_explanations() -> None:
+def test_panels_have_ids_and_titles_of_their_own_and_explanations() -> None:
+    assert [panel["id"] for panel in panels()] == list(range(1, len(panels()) + 1))
+    titles = [panel["title"] for panel in panels()]
+    assert len(set(titles)) == len(titles)
     taken = set()
     for panel in panels():
         box = panel["gridPos"]
@@ -131,13 +149,20 @@ def test_panels_do_not_overlap_and_have_explanations() -> None:
             assert panel["targets"]
 
 
+def test_every_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:
+    tested: dict[str, set[bool]] = {}
+    for group in yaml.safe_load(RULES_TEST.read_text())["tests"]:
+        for test in group["alert_rule_test"]:
+            tested.setdefault(test["alertname"], set()).add(bool(test["exp_alerts"]))
+    assert tested == {rule["alert"]: {True, False} for rule in alerts()}
+
+
 @pytest.mark.slow
 def test_promtool_accepts_the_alerts_and_they_fire(tmp_path: Path) -> None:
     promtool = program("promtool", in_ci=False)
     spec = only(parse(kustomized("production")), "PrometheusRule")["spec"]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec))
-    tests = (ROOT / "tests" / "deploy" / "rules_test.yaml").read_text()
-    (tmp_path / "rules_test.yaml").write_text(tests)
+    (tmp_path / "rules_test.yaml").write_text(RULES_TEST.read_text())
     run([promtool, "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"])
     run([promtool, "test", "rules", tmp_path / "rules_test.yaml"])
 
@@ -153,11 +178,12 @@ def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     run([promtool, "check", "rules", file])
 
 
-def test_every_alert_names_a_section_that_says_what_to_do() -> None:
+def test_every_alert_names_a_section_of_the_runbook() -> None:
+    headings = set(_headings(ROOT / "docs" / "runbook.md"))
     for rule in alerts():
         page, _, section = rule["annotations"]["action"].partition(", ")
-        headings = set(_headings(ROOT / page))
-        assert not section or section in headings, f"{rule['alert']}: {page} has no {section!r}"
+        assert page == "docs/runbook.md"
+        assert section.lower() in headings, f"{rule['alert']}: the runbook has no {section!r}"
 
 
 def _headings(page: Path) -> Iterator[str]:

@@ -32,8 +32,8 @@ MIB = 1 << 20
 SECONDS = 40.0  # how long the load works before the expressions are evaluated
 FLAGS = (
     *("--host-bytes", str(12 * MIB), "--max-message-bytes", str(4 * MIB)),
-    *("--max-inflight-bytes", str(8 * MIB), "--flush-seconds", "2", "--scrub-seconds", "5"),
-    *("--tables", '{"tiny": {"host_bytes": 1000000}}'),
+    *("--max-inflight-bytes", str(4 * MIB), "--flush-seconds", "2", "--scrub-seconds", "5"),
+    *("--disk-bytes", str(40 * MIB)),
 )
 ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
     "PsVolumeNearlyFull": "the metrics come from the kubelet of Kubernetes",
@@ -107,11 +107,12 @@ def measured(expression: str) -> str:
     The result of ``a > b`` is empty if no ``a`` is greater. That of ``a > bool b`` is 0 or 1.
     In the same way, ``a unless b`` becomes ``a and b``.
     """
-    return re.sub(r" (<|>|==) ", r" \1 bool ", expression.replace("unless", "and"))
+    return re.sub(r"(\s)(<|>|==) ", r"\1\2 bool ", expression.replace("unless", "and"))
 
 
 def test_conditions_become_quantities() -> None:
     assert measured("a > 1 and b == 0") == "a > bool 1 and b == bool 0"
+    assert measured("a\n> b\n> 0") == "a\n> bool b\n> bool 0"
     assert measured('a{x!="1",y=~".+"} / b\nunless c') == 'a{x!="1",y=~".+"} / b\nand c'
 
 

@@ -99,7 +99,8 @@ ALERTS = (
         f"kubelet_volume_stats_available_bytes{CLAIMS}\n"
         f"/ kubelet_volume_stats_capacity_bytes{CLAIMS}\n"
         f"< {at.DISK_FREE}",
-        f"The claim {{{{ $labels.persistentvolumeclaim }}}} has less than {at.DISK_FREE:.0%} free.",
+        "The claim {{ $labels.persistentvolumeclaim }} has less than"
+        f" {100 * at.DISK_FREE:g} % free.",
         "growing a claim",
     ),
     Alert(

@@ -45,7 +45,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
             Kind.STACKED,
         ),
         Panel(
-            "Bytes",
+            "Bytes of requests",
             "Bps",
             "Bytes per second of keys, rows and gradients in served requests, by method.",
             {"{{method}}": rate("ps_array_bytes_total", "method")},

@@ -21,7 +21,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             Kind.STACKED,
         ),
         Panel(
-            "Bytes",
+            "Bytes of tables",
             "bytes",
             "Memory and disk that tables take, by table and tier.",
             {"{{table}} {{tier}}": f"sum by (table, tier) ({of('ps_table_bytes')})"},
