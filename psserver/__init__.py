@@ -123,7 +123,14 @@ metrics/lanes.py        metrics of the same-host lane
 metrics/connections.py  metrics of connections
 metrics/certificates.py  metrics of certificates
 metrics/registry.py     all metrics of one server
-exposition.py    serve /metrics over HTTP
+page/__init__.py  the status page as one HTML file
+hostnames.py     the host names that requests over HTTP may have
+statusjson.py    live figures as JSON
+httppeers.py     fetch the figures of other shards
+overview.py      the figures of all shards
+webmessages.py   requests and responses of HTTP
+site.py          the pages of the HTTP port
+exposition.py    serve them, and limit what clients can occupy
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order
 logs.py          write log lines to stderr

@@ -12,6 +12,7 @@ import re
 import socket
 
 UNDER_UP = "PS_UNDER_UP"  # environment variable that ``psserver up`` sets for its shards
+LAST_PORT = 65535
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253})")
 
 
@@ -32,6 +33,32 @@ def bare_host(host: str) -> str:
     elif not _NAME.fullmatch(bare):
         raise ValueError("must be a name, an IPv4 or an IPv6 address")
     return bare
+
+
+def require_address(address: str) -> None:
+    """Raise ValueError unless ``address`` is HOST:PORT, with brackets around an IPv6 address."""
+    host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT and host):
+        raise ValueError("must be HOST:PORT, such as ps-0.ps:7000 or [fd00::1]:7000")
+    if ":" in bare_host(host) and not host.startswith("["):
+        raise ValueError("an IPv6 address must be in brackets: [fd00::1]:7000")
+
+
+def addresses_of(peers: str, shards: int) -> list[str]:
+    """Return the address of each shard of a cluster, by number; [] if ``peers`` is empty.
+
+    peers   addresses separated by commas, or a pattern with {shard} in place of the number
+    shards  number of shards; only a pattern needs it
+
+    Raises ValueError if an address is malformed.
+    """
+    if "{shard}" in peers:
+        found = [peers.replace("{shard}", str(shard)) for shard in range(shards)]
+    else:
+        found = [each.strip() for each in peers.split(",")] if peers else []
+    for address in set(found[:1] if "{shard}" in peers else found):
+        require_address(address)
+    return found
 
 
 def join(host: str, port: int) -> str:

@@ -65,7 +65,8 @@ def up(
         typer.Option(
             min=0,
             max=65535,
-            help="Port of shard 0 for Prometheus; shard I uses this port + I; 0: no metrics",
+            help="HTTP port of shard 0, for the status page and Prometheus; shard I uses this port"
+            " + I; 0: none",
         ),
     ] = 9400,
 ) -> None:

@@ -8,11 +8,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from psserver.addresses import bare_host, join
+from psserver.addresses import LAST_PORT, bare_host, join
 from psserver.member import Member
 from psserver.unusable import ConfigError, unusable
 
-LAST_PORT = 65535
 LOOK_SECONDS = 0.05  # seconds between two checks of the processes
 
 
@@ -22,7 +21,7 @@ def up(
     """Run shard i on port + i until SIGTERM or SIGINT; print ``ready`` once all shards serve.
 
     shards        number of shards
-    metrics_port  port for the metrics of shard 0; shard i uses metrics_port + i; 0: no metrics
+    metrics_port  HTTP port of shard 0; shard i uses metrics_port + i; 0: none
     data_dir      directory; shard i uses its subdirectory shard-i and its file shard-i.log
     flags         further flags, passed to every ``psserver serve``
 
@@ -39,9 +38,21 @@ def up(
         command += ["--shards", str(shards), "--host", host, "--port", str(port + shard)]
         command += ["--metrics-port", str(metrics_port + shard if metrics_port else 0)]
         command += ["--data-dir", str(data_dir / f"shard-{shard}")]
-        command += ["--colocated-shards", str(shards), *flags]
+        command += ["--colocated-shards", str(shards)]
+        if metrics_port:
+            command += ["--http-peers", _http_peers(shards, host, metrics_port)]
+        command += flags
         members.append(Member(shard, command, data_dir / f"shard-{shard}.log"))
     return _supervise(members, stop, [join(host, port + shard) for shard in range(shards)])
+
+
+def _http_peers(shards: int, host: str, port: int) -> str:
+    """Return the setting http_peers of the shards: the addresses of their HTTP ports.
+
+    port  HTTP port of shard 0
+    """
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return ",".join(join(reached, port + shard) for shard in range(shards))
 
 
 def _supervise(members: Sequence[Member], stop: threading.Event, addresses: list[str]) -> int:

@@ -5,7 +5,7 @@ the worker pools:
 
     engine thread   changes the shard; while it is idle, the event loop may do small changes itself
     event loop      runs gRPC, on uvloop
-    metrics thread  serves /metrics
+    HTTP thread     serves the status page, /metrics and probes
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from psserver.engine import Engine
 from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.gpu import open_gpu
+from psserver.hostnames import host_of
 from psserver.info import ServerInfo
 from psserver.lane import Lanes
 from psserver.listener import Listener
 from psserver.livestatus import LiveStatus, Parts
 from psserver.metrics.registry import Metrics
+from psserver.overview import Overview
 from psserver.phase import Phases
 from psserver.preloader import Preloader
 from psserver.restore import Restores
@@ -39,6 +41,7 @@ from psserver.scrubber import Scrubber
 from psserver.security.guard import guard_of
 from psserver.service import Service
 from psserver.shard import Shard
+from psserver.site import Site
 from psserver.stats import ServiceStats
 from psserver.swap import State
 from psserver.sweeper import Sweeper
@@ -104,14 +107,14 @@ class Server:
         )
 
     async def listen(self) -> None:
-        """Bind the gRPC and the metrics port. Health checks then report alive, but not ready.
+        """Bind the gRPC and the HTTP port. Health checks then report alive, but not ready.
 
         Raises ConfigError if a port cannot be used.
         """
         await self._listener.listen()
         self._guard.open()
         try:
-            self._open_metrics()
+            self._open_http()
         except ConfigError:
             await self._listener.stop(0)
             raise
@@ -173,7 +176,7 @@ class Server:
         if self._lanes is not None:
             await self._lanes.close(0)
         await self._listener.stop(0)
-        self._close_metrics()
+        self._close_http()
         self._guard.close()
 
     async def _open_shard(self) -> None:
@@ -236,12 +239,16 @@ class Server:
             self._scrubber,
         )
 
-    def _open_metrics(self) -> None:
-        """Serve /metrics if a port is configured. Raises ConfigError if the port cannot be used."""
+    def _open_http(self) -> None:
+        """Serve HTTP if a port is configured. Raises ConfigError if the port cannot be used."""
         config = self._config
         if not config.metrics_port:
             return
-        exposition = Exposition(self._metrics.registry)
+        names = {host_of(each) for each in [*config.http_addresses, config.advertise, config.host]}
+        names |= {each.strip().lower() for each in config.http_names.split(",")}
+        overview = Overview(self._live, config.shard, config.http_addresses)
+        loop = asyncio.get_running_loop()
+        exposition = Exposition(Site(self._metrics.registry, overview, self._phases, loop, names))
         try:
             exposition.open(config.host, config.metrics_port)
         except OSError as error:
@@ -249,7 +256,7 @@ class Server:
             raise ConfigError(text) from error
         self._exposition = exposition
 
-    def _close_metrics(self) -> None:
+    def _close_http(self) -> None:
         if self._exposition is not None:
             self._exposition.close()
 
@@ -272,7 +279,7 @@ class Server:
             await self._lanes.close(LAST_ANSWERS_SECONDS)
         await asyncio.to_thread(self._close_threads)
         self._guard.close()
-        self._close_metrics()
+        self._close_http()
 
     def _close_threads(self) -> None:
         """Stop all threads and close the data directory. Blocks while a file operation hangs."""

@@ -15,12 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from psproto import names
-from psserver.addresses import UNDER_UP, bare_host
+from psserver.addresses import UNDER_UP, addresses_of, bare_host, require_address
 from psserver.memory import GPU_BYTES, Plan, default_inflight, memory_limit, transport_bytes
 from psserver.tablesettings import HbmBytes, TableSettings
 from psserver.unusable import ConfigError
-
-LAST_PORT = 65535
 
 
 class ShardSettings(BaseSettings):
@@ -57,7 +55,24 @@ class ShardSettings(BaseSettings):
     )
     port: int = Field(7000, ge=1, le=65535, description="Port for clients (gRPC)")
     metrics_port: int = Field(
-        9400, ge=0, le=65535, description="Port for Prometheus (HTTP, /metrics); 0: no metrics"
+        9400,
+        ge=0,
+        le=65535,
+        description="Port for HTTP: the status page, /metrics for Prometheus, /livez and /readyz"
+        " for probes; 0: none of them",
+    )
+    http_peers: str = Field(
+        "",
+        description="Addresses of the HTTP ports of all shards, which the status page shows:"
+        " HOST:PORT of each shard, by number, separated by commas; or a pattern for all, such as"
+        " ps-{shard}.ps:9400. Without it, the page shows this shard alone",
+    )
+    http_names: str = Field(
+        "",
+        description="Further host names in URLs of the HTTP port, separated by commas. Requests"
+        " with other names are refused, so that web pages cannot read the figures through a DNS"
+        " name of their own. IP addresses, names without a dot, names that end in .svc, .local or"
+        " .internal, and names in host, advertise and http_peers are always accepted",
     )
     metrics_tables: int = Field(
         100,
@@ -268,12 +283,21 @@ class ShardSettings(BaseSettings):
     @classmethod
     def _check_advertise(cls, advertise: str) -> str:
         if advertise:
-            host, _, port = advertise.rpartition(":")
-            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT and host):
-                raise ValueError("must be HOST:PORT, such as ps-0.ps:7000 or [fd00::1]:7000")
-            if ":" in bare_host(host) and not host.startswith("["):
-                raise ValueError("an IPv6 address must be in brackets: [fd00::1]:7000")
+            require_address(advertise)
         return advertise
+
+    @field_validator("http_peers")
+    @classmethod
+    def _check_peers(cls, peers: str) -> str:
+        addresses_of(peers, 1)
+        return peers
+
+    @field_validator("http_names")
+    @classmethod
+    def _check_names(cls, names: str) -> str:
+        for name in filter(None, names.split(",")):
+            bare_host(name.strip())
+        return names
 
     @field_validator("lane")
     @classmethod
@@ -294,6 +318,14 @@ class ShardSettings(BaseSettings):
                 f"max_inflight_bytes must be at least max_message_bytes={self.max_message_bytes},"
                 f" got {self.max_inflight_bytes}: larger messages would always be refused; raise"
                 " max_inflight_bytes or lower max_message_bytes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_shard_has_an_address(self) -> Self:
+        if (found := len(self.http_addresses)) != self.shards:
+            raise ValueError(
+                f"http_peers must have {self.shards} addresses, one per shard, got {found}"
             )
         return self
 
@@ -330,6 +362,11 @@ class ShardSettings(BaseSettings):
         if data is None:
             raise ConfigError("lane: on needs data_dir, where its socket is; or give a directory")
         return data.absolute() / "lane.sock"
+
+    @property
+    def http_addresses(self) -> list[str]:
+        """HOST:PORT of the HTTP port of each shard, by number; "" if it is not known."""
+        return addresses_of(self.http_peers, self.shards) or [""] * self.shards
 
     @property
     def surplus(self) -> bool:

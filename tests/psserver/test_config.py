@@ -23,6 +23,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "host": ("10.0.0.1", "10.0.0.2", "::1"),
     "port": (7001, 7002, 7003),
     "metrics_port": (0, 9401, 9402),
+    "http_peers": ("", "ps-{shard}.ps:9400", "[fd00::{shard}]:80"),
+    "http_names": ("", "ps.example.com", "a.b, c.d"),
     "data_dir": (Path("/a"), Path("/b"), Path("/c")),
     "memory_bytes": (GIB, 2 * GIB, 3 * GIB),
     "host_bytes": (GIB, 2 * GIB, 3 * GIB),
@@ -72,6 +74,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("port", 65536, "less than or equal to 65535"),
     ("metrics_port", -1, "greater than or equal to 0"),
     ("metrics_port", 65536, "less than or equal to 65535"),
+    ("http_peers", "ps-{shard}", "must be HOST:PORT"),
+    ("http_peers", "http://ps-{shard}:80", "must be a host without a port"),
+    ("http_peers", "a:1,b", "must be HOST:PORT"),
+    ("http_names", "http://ps", "must be a host without a port"),
+    ("http_names", "a b", "must be a name, an IPv4 or an IPv6 address"),
     ("colocated_shards", 0, "greater than or equal to 1"),
     ("colocated_shards", 1025, "less than or equal to 1024"),
     ("host", "", "must be a name, an IPv4 or an IPv6 address"),
@@ -196,6 +203,8 @@ def test_without_any_source_the_defaults_hold() -> None:
         "drain_seconds": 10.0,
         "cluster": "",
         "advertise": "",
+        "http_peers": "",
+        "http_names": "",
     }
     assert 0 < memory < memory_limit().bytes
 

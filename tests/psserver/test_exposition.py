@@ -1,4 +1,4 @@
-"""The page of metrics: one thread, whatever connects, and there before the shard is."""
+"""The HTTP server: one thread, whatever connects."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 from alone import alone
-from prometheus_client import CollectorRegistry, Gauge
-from prometheus_client.registry import Collector
 from servers import free_ports
 
 from psserver import exposition as module
 from psserver.exposition import MOST_CONNECTIONS, Exposition
+from psserver.webmessages import Request, Response, text
 
 HOST = "127.0.0.1"
 
 
+class Echo:
+    """Pages that tell what was asked."""
+
+    async def answer(self, request: Request) -> Response:
+        if request.path == "/fails":
+            raise RuntimeError("no")
+        return text("200 OK", f"{request.method} {request.path} {request.query}")
+
+
 @contextmanager
-def opened(registry: CollectorRegistry) -> Iterator[int]:
-    page, port = Exposition(registry), free_ports(1)
-    page.open(HOST, port)
+def opened() -> Iterator[int]:
+    server, port = Exposition(Echo()), free_ports(1)
+    server.open(HOST, port)
     yield port
-    page.close()
+    server.close()
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    registry = CollectorRegistry()
-    Gauge("ps_test", "Of the test.", registry=registry).set(7)
-    return registry
-
-
-@pytest.fixture
-def port(registry: CollectorRegistry) -> Iterator[int]:
-    with opened(registry) as port:
+def port() -> Iterator[int]:
+    with opened() as port:
         yield port
 
 
@@ -46,7 +46,7 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection((HOST, port), timeout=10)
 
 
-def ask(port: int, request: str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") -> tuple[str, str]:
+def ask(port: int, request: str = "GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n") -> tuple[str, str]:
     """Return status line and body of the answer to a request."""
     with connect(port) as connection:
         connection.sendall(request.encode())
@@ -55,29 +55,26 @@ def ask(port: int, request: str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") ->
     return head.splitlines()[0] if head else "", body
 
 
-def test_a_scrape_gets_the_page(port: int) -> None:
-    status, body = ask(port)
-    assert status == "HTTP/1.1 200 OK"
-    assert "ps_test 7.0\n" in body
+def test_a_request_gets_its_answer(port: int) -> None:
+    assert ask(port) == ("HTTP/1.1 200 OK", "GET /a b=c\n")
 
 
-@pytest.mark.parametrize(
-    ("request_", "status"),
-    [
-        ("GET / HTTP/1.1\r\n\r\n", "200 OK"),
-        ("GET /metrics?name[]=ps_test HTTP/1.0\r\nAccept: */*\r\n\r\n", "200 OK"),
-        ("GET /other HTTP/1.1\r\n\r\n", "404 Not Found"),
-        ("POST /metrics HTTP/1.1\r\n\r\n", "405 Method Not Allowed"),
-        ("what\r\n\r\n", "400 Bad Request"),
-    ],
-)
-def test_every_request_gets_a_status(port: int, request_: str, status: str) -> None:
-    assert ask(port, request_)[0] == f"HTTP/1.1 {status}"
+def test_the_answer_to_head_has_no_body(port: int) -> None:
+    assert ask(port, "HEAD / HTTP/1.1\r\n\r\n") == ("HTTP/1.1 200 OK", "")
+
+
+def test_what_is_not_http_is_a_bad_request(port: int) -> None:
+    assert ask(port, "what\r\n\r\n") == ("HTTP/1.1 400 Bad Request", "")
+
+
+def test_an_error_is_the_answer_to_one_request(port: int) -> None:
+    assert ask(port, "GET /fails HTTP/1.1\r\n\r\n") == ("HTTP/1.1 500 Internal Server Error", "")
+    assert ask(port)[0] == "HTTP/1.1 200 OK"
 
 
 @alone
 def test_half_open_connections_take_no_threads_and_keep_no_scrape_out() -> None:
-    with opened(CollectorRegistry()) as port, ExitStack() as stack:
+    with opened() as port, ExitStack() as stack:
         before = threading.active_count()
         for at in range(400):
             connection = stack.enter_context(connect(port))
@@ -114,23 +111,9 @@ def test_a_long_head_is_not_read_to_its_end(port: int) -> None:
         assert gone(connection)
 
 
-def test_a_collector_that_fails_is_an_error_of_one_request(
-    port: int, registry: CollectorRegistry
-) -> None:
-    class Failing(Collector):
-        def collect(self) -> Any:
-            raise RuntimeError("no")
-
-    failing = Failing()
-    registry.register(failing)
-    assert ask(port)[0] == "HTTP/1.1 500 Internal Server Error"
-    registry.unregister(failing)
-    assert ask(port)[0] == "HTTP/1.1 200 OK"
-
-
-def test_a_port_in_use_is_an_error(registry: CollectorRegistry) -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with socket.create_server((HOST, 0)) as other, pytest.raises(OSError, match="in use"):
-        Exposition(registry).open(HOST, other.getsockname()[1])
+        Exposition(Echo()).open(HOST, other.getsockname()[1])
 
 
 def gone(connection: socket.socket) -> bool:
