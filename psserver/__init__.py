@@ -123,7 +123,7 @@ metrics/lanes.py        metrics of the same-host lane
 metrics/connections.py  metrics of connections
 metrics/certificates.py  metrics of certificates
 metrics/registry.py     all metrics of one server
-page/__init__.py  the status page as one HTML file
+page/document.py  the status page as one HTML file
 hostnames.py     the host names that requests over HTTP may have
 statusjson.py    live figures as JSON
 httppeers.py     fetch the figures of other shards

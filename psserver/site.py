@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from psserver.hostnames import may_name
 from psserver.livestatus import MOST_TABLES
 from psserver.overview import Overview
-from psserver.page import PAGE, POLICY
+from psserver.page.document import PAGE, POLICY
 from psserver.phase import Phases
 from psserver.webmessages import NO_STORE, Request, Response, text
 

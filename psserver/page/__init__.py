@@ -1,43 +1,8 @@
-"""The status page: one HTML file without references to others.
+"""The status page of the HTTP port: its elements, its looks and its scripts.
 
-page.html has the elements, page.css the looks. The scripts are figures.js (rates and sums from two
-documents), plots.js (the plots) and page.js (the elements, each second). uPlot draws the plots;
-uPlot.LICENSE.txt has its licence.
+document.py  put all of them into one HTML file
 
-The policy lets a browser run and apply nothing but these scripts and styles, by their hashes, and
-connect to nothing but this server. The scripts write data into the page as text only.
+page.html has the elements and page.css the looks. The scripts are figures.js (rates and sums from
+two documents of /status.json), plots.js (the plots) and page.js (the elements, each second). uPlot
+draws the plots; uPlot.LICENSE.txt has its licence.
 """
-
-from __future__ import annotations
-
-import base64
-import hashlib
-from pathlib import Path
-
-_FILES = Path(__file__).parent
-_STYLES = ("uPlot.min.css", "page.css")
-_SCRIPTS = ("uPlot.iife.min.js", "figures.js", "plots.js", "page.js")
-
-
-def _read(names: tuple[str, ...]) -> str:
-    return "\n".join((_FILES / name).read_text().strip() for name in names)
-
-
-def _hash(text: str) -> str:
-    """Return the source expression of a policy for an inline script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-_STYLE, _SCRIPT = _read(_STYLES), _read(_SCRIPTS)
-PAGE = (
-    (_FILES / "page.html")
-    .read_text()
-    .replace("/* style */", _STYLE)
-    .replace("/* script */", _SCRIPT)
-    .encode()
-)
-POLICY = (
-    f"default-src 'none'; script-src {_hash(_SCRIPT)}; style-src {_hash(_STYLE)};"
-    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-)

@@ -147,7 +147,7 @@ class TestAddresses:
                     assert b"\nps_ready 0.0\n" in page
             finally:
                 await server._listener.stop(0)
-                server._close_metrics()
+                server._close_http()
 
         asyncio.run(run())
 
