@@ -14,10 +14,13 @@ schema.py      schemas of tables
 alteration.py  settings of a live table
 signals.py     signal handlers, delayed while they could do harm
 routes.py      the address of one shard, and the shard expected there
+lookup.py      look up all addresses of a DNS name
+tls.py         files for TLS
+access.py      how to connect: options of gRPC, TLS, token
+handshake.py   why TLS permits no connection to a server
 channel.py     gRPC channels that survive forks and signals
 retry.py       errors of failed calls, pauses between attempts
 session.py     one request to one shard, and the sequence numbers of its pushes
-lookup.py      look up all addresses of a DNS name
 discovery.py   find the shards of a cluster behind one DNS name
 places.py      where the shards are: at listed addresses, or behind one name
 link.py        connection to one shard: base class of stream.py and unary.py
@@ -187,6 +190,7 @@ from psclient.schema import TableInfo
 from psclient.strings import hash_keys
 from psclient.subscriber import Subscriber
 from psclient.table import PulledRows, Table
+from psclient.tls import Tls
 from psclient.versions import Versions
 
 __all__ = [
@@ -202,6 +206,7 @@ __all__ = [
     "Subscriber",
     "Table",
     "TableInfo",
+    "Tls",
     "Versions",
     "hash_keys",
     "rank_identity",

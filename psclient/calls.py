@@ -69,7 +69,7 @@ def call(
         return link.channel.call(f"/ps.v1.{service}/{method}", message, left)
 
     deadline = time.monotonic() + (seconds or client._timeout)
-    return answer_of(answer, retry(attempt, link.where, deadline), link.where)
+    return answer_of(answer, retry(attempt, link.channel, link.where, deadline), link.where)
 
 
 def stream(
@@ -113,7 +113,7 @@ def stream(
                 yield reply
             return
         except grpc.RpcError as error:
-            failure = rpc_error(error, link.where)
+            failure = rpc_error(error, link.channel, link.where)
         finally:
             link.channel.cancel(call)
         if repeat is None or delivered:

@@ -13,6 +13,9 @@ each failed look-up its resolver pauses longer, up to two minutes, and no option
 the first call after a failure opens a new gRPC channel, which looks the name up at once. This
 happens at most every REOPEN_SECONDS. Calls that still run on the old gRPC channel end there.
 
+Certificates. New calls use a new gRPC channel once the files for TLS have changed. Calls that still
+run on the old one end there.
+
 Signals. A signal handler may raise an exception in the middle of gRPC's Python code, which would
 leave locks locked and a stream that can never be read again. So every call into gRPC is made inside
 a Shield (signals.py), which delays signal handlers. A signal that arrives during a wait cancels the
@@ -32,38 +35,17 @@ from typing import Any
 import grpc
 from numba.core.compiler_lock import global_compiler_lock
 
+from psclient.access import PLAIN, Access
 from psclient.errors import Unavailable
-from psclient.routes import Route
+from psclient.handshake import Diagnosis, Finding
+from psclient.routes import Metadata, Route
 from psclient.signals import Shield
-from psproto import keepalive
-
-Options = tuple[tuple[str, int], ...]
 
 FORK_PATIENCE = 2.0  # maximum time that a fork waits for cancelled calls to end, in seconds
 REOPEN_SECONDS = 0.5  # shortest time between two gRPC channels to a server that is not reached
 DETAILS = "grpc-status-details-bin"  # trailer with details of a server's error
-PROXY = "grpc.enable_http_proxy"
-OPTIONS: Options = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # maximum time to connect, despite its name
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    ("grpc.dns_ares_query_timeout", 5000),  # ms; then the look-up of a name fails, and is repeated
-    *keepalive.client_options(),
-    ("grpc.use_local_subchannel_pool", 1),  # else a forked child reuses its parent's connections
-    (PROXY, 0),
-)
+DOWN = ("Failed to connect to remote host", "DNS resolution failed")  # in gRPC's texts: no TLS
 Cancelled = grpc.FutureCancelledError  # raised after a fork cancelled a call: start it again
-
-
-def options(*, proxy: bool) -> Options:
-    """Return the options of a gRPC channel that uses, or does not use, an HTTP proxy.
-
-    proxy  whether to connect through the HTTP proxy that the environment variables name
-    """
-    return tuple((name, int(proxy) if name == PROXY else value) for name, value in OPTIONS)
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +54,7 @@ class _Opened:
 
     channel: Any  # gRPC's object
     address: str  # "host:port" that it connects to
+    credentials: Any  # of Access
     since: float  # when it was opened, in monotonic seconds
     calls: set[Any] = field(default_factory=set)  # running calls: gRPC's objects
     failed: bool = False  # whether a call failed because the server was not reached, or another was
@@ -80,17 +63,19 @@ class _Opened:
 class Channel:
     """Connection to one server. Thread-safe.
 
-    route    address of the server, which may change
-    options  options of the gRPC channel
+    route   address of the server, which may change
+    access  how to connect: options, TLS, token
 
     A gRPC channel is opened by the first call, and a new one by the first call after a failure (see
-    the top of this file) or after the address has changed. ``method`` is a path in all methods,
-    such as "/ps.v1.RowService/Stream". Calls on a closed Channel raise Unavailable.
+    the top of this file) or after the address or the files for TLS have changed. ``method`` is a
+    path in all methods, such as "/ps.v1.RowService/Stream". Calls on a closed Channel raise
+    Unavailable.
     """
 
-    def __init__(self, route: Route, options: Options = OPTIONS) -> None:
+    def __init__(self, route: Route, access: Access = PLAIN) -> None:
         self.route = route
-        self._options = options
+        self._access = access
+        self._diagnosis = Diagnosis()
         self._opened: _Opened | None = None  # once the first call is made
         self._replaced: list[_Opened] = []  # former gRPC channels; some calls may still run on them
         self._closed = False
@@ -104,7 +89,7 @@ class Channel:
         with Shield(), _gate:
             opened = self._open()
             call = opened.channel.stream_stream(method)
-            return self._note(opened, call(requests, metadata=self.route.metadata))
+            return self._note(opened, call(requests, metadata=self._metadata()))
 
     def start(self, method: str, message: bytes, timeout: float) -> Any:
         """Start a unary call and return it, to be passed to ``result`` and ``cancel``.
@@ -117,7 +102,7 @@ class Channel:
             opened = self._open()
             call = opened.channel.unary_unary(method)
             return self._note(
-                opened, call.future(message, timeout=timeout, metadata=self.route.metadata)
+                opened, call.future(message, timeout=timeout, metadata=self._metadata())
             )
 
     def call(self, method: str, message: bytes, timeout: float) -> bytes:
@@ -159,6 +144,18 @@ class Channel:
         with Shield(), _gate:
             call.cancel()
 
+    def explain(self, error: grpc.RpcError) -> Finding | None:
+        """Return why a call failed if TLS is the reason, so that no retry can succeed; else None.
+
+        May take seconds: it tries a handshake, unless that was done within the last second.
+        """
+        if not _unreached(error) or self._access.proxy or self._closed:
+            return None
+        if any(text in (error.details() or "") for text in DOWN):
+            return None
+        address, access = self.route.address, self._access
+        return self._diagnosis.of(address, access.tls, access.expected(address, self.route.name))
+
     def close(self) -> None:
         """Close the connection and end all its calls."""
         with Shield(), _gate:
@@ -189,7 +186,8 @@ class Channel:
     def _open(self) -> _Opened:
         """Return the gRPC channel; open one at the first call, and a new one if it is outdated.
 
-        Raises Unavailable if this Channel was closed.
+        Raises Unavailable if this Channel was closed, TlsError if the files for TLS cannot be used,
+        and InvalidArgument if a token would be sent in plaintext.
         """
         if self._closed:
             raise Unavailable(f"the connection to {self.route.address} is closed")
@@ -199,16 +197,32 @@ class Channel:
             opened = None
         if opened is None:
             self._close_unused()
-            address = self.route.address
-            channel = grpc.insecure_channel(address, options=self._options)
-            opened = self._opened = _Opened(channel, address, time.monotonic())
+            opened = self._opened = self._connect(self.route.address)
             _channels.add(self)
             _register_hooks()
         return opened
 
+    def _connect(self, address: str) -> _Opened:
+        """Return a new gRPC channel to ``address``."""
+        access = self._access
+        access.require_secrecy(address)
+        options = access.options(address, access.expected(address, self.route.name))
+        credentials = access.credentials()
+        if credentials is None:
+            channel = grpc.insecure_channel(address, options=options)
+        else:
+            channel = grpc.secure_channel(address, credentials, options=options)
+        return _Opened(channel, address, credentials, time.monotonic())
+
+    def _metadata(self) -> Metadata:
+        """Return the metadata of a call: the shard that it is for, and the token."""
+        return self.route.metadata + self._access.metadata()
+
     def _outdated(self, opened: _Opened) -> bool:
-        """Return whether to replace a gRPC channel: it failed, or the address has changed."""
+        """Return whether to replace a gRPC channel: it failed, or address or files have changed."""
         if opened.address != self.route.address:
+            return True
+        if opened.credentials is not self._access.credentials():
             return True
         return opened.failed and time.monotonic() - opened.since >= REOPEN_SECONDS
 

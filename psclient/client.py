@@ -47,6 +47,14 @@ class Client(RowClient):
                  try again (OVERLOADED, DISK_FULL, STARTING). True: send it again then, until the
                  timeout. False: raise the error at once; its ``retry_after`` has the seconds
     proxy        whether to use the HTTP proxy that the environment variables (http_proxy etc.) name
+    tls          psclient.Tls with the files for TLS. None: those of the environment variables
+                 PSCLIENT_TLS_CA, PSCLIENT_TLS_CERTIFICATE, PSCLIENT_TLS_KEY and PSCLIENT_TLS_NAME,
+                 and no TLS if they are not set. False: no TLS
+    token_file   path of a file with the token that tells the servers who this client is; it is read
+                 again when it changes. None: that of the environment variable PSCLIENT_TOKEN_FILE,
+                 if it is set; "": no token
+    token_in_plaintext  whether to send the token without TLS to other machines; otherwise a call
+                 that would do so raises InvalidArgument
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
     Given one DNS name, it looks up all addresses of the name, and waits until all shards of the

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from psclient.access import Access
 from psclient.addresses import hint, is_name
-from psclient.channel import Options, options
 from psclient.errors import InvalidArgument, PsError, Unavailable, answer_of
 from psclient.fanout import Ask, ask_all
 from psclient.lanelink import LaneLink
@@ -46,7 +46,7 @@ class Cluster:
     incarnation  number that grows with each use of the same client_id
     renew        whether to go on with the next incarnation after SessionExpired
     retry_refused  whether to send a request again that a shard refuses for now
-    proxy        whether to use the HTTP proxy that the environment variables name
+    access       how to connect
     deadline     monotonic seconds at which the shards must have answered
 
     Attributes:
@@ -71,7 +71,7 @@ class Cluster:
         *,
         renew: bool = True,
         retry_refused: bool = True,
-        proxy: bool,
+        access: Access,
         deadline: float,
     ) -> None:
         self.process = os.getpid()
@@ -80,7 +80,7 @@ class Cluster:
         for shard, route in enumerate(places.routes(deadline)):
             client = client_id or secrets.randbits(63) + 1
             session = Session(client, incarnation, renews=renew, repeats=retry_refused)
-            link = _link(transport, lane, places.where(shard), route, session, options(proxy=proxy))
+            link = _link(transport, lane, places.where(shard), route, session, access)
             self.links.append(link)
         try:
             infos = self.refresh(deadline)
@@ -89,7 +89,7 @@ class Cluster:
                     link.offered(info)
         except Unavailable as error:
             self.close()
-            raise _explained(error, proxy) from None
+            raise _explained(error, access.proxy) from None
         except BaseException:
             self.close()
             raise
@@ -203,7 +203,7 @@ class Cluster:
 
 
 def _link(
-    transport: str, lane: str, where: str, route: Route, session: Session, options: Options
+    transport: str, lane: str, where: str, route: Route, session: Session, access: Access
 ) -> Link:
     """Return a connection to one shard.
 
@@ -213,10 +213,10 @@ def _link(
     ``Link`` explains the other arguments.
     """
     if transport == "unary":
-        return UnaryLink(where, route, session, options)
+        return UnaryLink(where, route, session, access)
     if lane == "never":
-        return StreamLink(where, route, session, options)
-    return LaneLink(where, route, session, options, demanded=lane == "require")
+        return StreamLink(where, route, session, access)
+    return LaneLink(where, route, session, access, demanded=lane == "require")
 
 
 def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:

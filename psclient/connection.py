@@ -9,14 +9,16 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from psclient import checked
+from psclient.access import Access
 from psclient.addresses import checked_where
 from psclient.choices import WIRES, Lane, Transport, Wire
 from psclient.cluster import Cluster
 from psclient.errors import DeadlineExceeded, InvalidArgument
 from psclient.places import places_of
+from psclient.tls import Tls
 
 started: contextvars.ContextVar[float | None] = contextvars.ContextVar("started", default=None)
 """When the running operation began, in monotonic seconds; None: now.
@@ -45,6 +47,9 @@ class Connection:
         renew: bool = True,
         retry_refused: bool = True,
         proxy: bool = False,
+        tls: Tls | Literal[False] | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+        token_in_plaintext: bool = False,
     ) -> None:
         self._addresses = checked_where(addresses)
         if transport not in ("stream", "unary"):
@@ -57,8 +62,13 @@ class Connection:
         self._dtype = checked.one_of("wire", wire, WIRES)
         self._timeout = checked.seconds("timeout", timeout)
         self._transport = transport
-        self._proxy = bool(proxy)
-        self._places = places_of(self._addresses, proxy=self._proxy)
+        self._access = Access(
+            tls=tls,
+            token_file=token_file,
+            token_in_plaintext=token_in_plaintext,
+            proxy=proxy,
+        )
+        self._places = places_of(self._addresses, self._access)
         self._client_id = checked.integer("client_id", client_id, 0, 1 << 64)
         if incarnation is None:
             incarnation = time.time_ns()
@@ -66,8 +76,9 @@ class Connection:
         self._renew = bool(renew)
         self._retry_refused = bool(retry_refused)
         self._options = {
-            "wire": wire, "transport": transport, "lane": lane, "proxy": self._proxy,
             "retry_refused": self._retry_refused,
+            "wire": wire, "transport": transport, "lane": lane, "proxy": bool(proxy),
+            "tls": tls, "token_file": token_file, "token_in_plaintext": bool(token_in_plaintext),
         }  # fmt: skip
         self._cluster: Cluster | None = None
         self._connecting = threading.RLock()
@@ -170,7 +181,7 @@ class Connection:
                 self._incarnation,
                 renew=self._renew,
                 retry_refused=self._retry_refused,
-                proxy=self._proxy,
+                access=self._access,
                 deadline=deadline,
             )
             self._cluster = cluster

@@ -103,7 +103,7 @@ def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) 
         return link.channel.call("/ps.v1.RowService/Delete", message, left)
 
     try:
-        return retry(attempt, link.where, deadline)  # type: ignore[no-any-return]
+        return retry(attempt, link.channel, link.where, deadline)  # type: ignore[no-any-return]
     except SessionExpired:
         if attempts > 1 or not session.renews:
             raise
@@ -111,4 +111,4 @@ def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) 
         if header.incarnation == session.incarnation:
             session.renew()
         session.number(header)
-    return retry(attempt, link.where, deadline)  # type: ignore[no-any-return]
+    return retry(attempt, link.channel, link.where, deadline)  # type: ignore[no-any-return]

@@ -17,8 +17,16 @@ from typing import Any
 
 import grpc
 
-from psclient.channel import Cancelled, Channel, Options
-from psclient.errors import InvalidArgument, PsError, ServerFailure, Unavailable, answer_of
+from psclient.access import Access, host_of
+from psclient.channel import Cancelled, Channel
+from psclient.errors import (
+    InvalidArgument,
+    PsError,
+    ServerFailure,
+    TlsError,
+    Unavailable,
+    answer_of,
+)
 from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
@@ -57,7 +65,7 @@ class Discovery:
     """Asks all addresses behind one name, again and again, until it is closed.
 
     name     "host:port" with a DNS name
-    options  options of the gRPC channels
+    access   how to connect; certificates must be for the host of ``name``
     known    addresses to ask in addition to those of the name
     spare    returns addresses that are probably of no use at the moment, so that they are asked
              only every SPARE_SECONDS
@@ -67,12 +75,13 @@ class Discovery:
     found   newest answer of each process, by ``Found.process``
     errors  address -> reason why its last question found no shard; "" -> why the look-up failed
     surplus addresses in ``errors`` whose server belongs to no shard: its number is too large
+    refused those of ``errors`` to which no TLS connection is possible, with the error
     """
 
     def __init__(
         self,
         name: str,
-        options: Options,
+        access: Access,
         known: Iterable[str] = (),
         spare: Callable[[], set[str]] = set,
     ) -> None:
@@ -80,7 +89,8 @@ class Discovery:
         self.found: dict[tuple[int, str], Found] = {}
         self.errors: dict[str, str] = {}
         self.surplus: set[str] = set()
-        self._options = options
+        self.refused: dict[str, TlsError] = {}
+        self._access = access
         self._spare = spare
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         # address -> since when it is known, in monotonic seconds
@@ -144,8 +154,18 @@ class Discovery:
         """Return whether the name was looked up, and every address has answered or failed to."""
         return bool(self._addresses) and self._addresses.keys() <= self._heard.keys()
 
+    @property
+    def hopeless(self) -> bool:
+        """Return whether TLS permits a connection to none of the addresses."""
+        return self.heard and self._addresses.keys() <= self.refused.keys()
+
     def problem(self) -> PsError:
         """Return the error that explains why ``complete`` returned None."""
+        if self.refused and not self.found:
+            address, refused = min(self.refused.items())
+            problem = TlsError(f"{self.name}: {address}: {str(refused).removeprefix(': ')}")
+            problem.reason = refused.reason
+            return problem
         if not self._addresses and not self.found:
             return Unavailable(f"{self.name}: {self.errors.get('', 'the name was not looked up')}")
         groups = self._groups()
@@ -195,10 +215,11 @@ class Discovery:
             del self._addresses[address], self._seen[address]
             self.errors.pop(address, None)
             self.surplus.discard(address)
+            self.refused.pop(address, None)
 
     def _ask(self, address: str) -> None:
         """Ask an address for its shard, on a new connection: it may lead to another server."""
-        channel = Channel(Route(address), self._options)
+        channel = Channel(Route(address, name=host_of(self.name)), self._access)
         call = channel.start(INFO, pb.GetServerInfoRequest().SerializeToString(), ASK_SECONDS)
         self._asking[address] = channel, call
         call.add_done_callback(lambda _: self._events.put((address, call)))
@@ -209,6 +230,7 @@ class Discovery:
         if channel is None or asked is not call:
             return
         self.surplus.discard(address)
+        self.refused.pop(address, None)
         try:
             info = answer_of(pb.GetServerInfoResponse, channel.result(call), "")
         except Cancelled:  # by a fork
@@ -216,8 +238,10 @@ class Discovery:
         except grpc.RpcError as error:
             self._heard[address] = time.monotonic()
             self._due[address] = time.monotonic() + LOOK_SECONDS
-            failure = rpc_error(error, "")
+            failure = rpc_error(error, channel, "")
             self.errors[address] = str(failure).removeprefix(": ")
+            if isinstance(failure, TlsError):
+                self.refused[address] = failure
             if failure.reason == "NOT_A_SHARD":
                 self.surplus.add(address)
         except ServerFailure as failure:  # not a shard

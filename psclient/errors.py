@@ -11,6 +11,8 @@
   - ResourceExhausted  the server is over one of its limits, or out of memory or disk space
   - DeadlineExceeded   no answer arrived in time. A push may have taken effect
   - Unavailable        the server could not be reached in time. A push may have taken effect
+  - TlsError           no TLS connection to the server is possible, and a retry does not help: a
+                       certificate is wrong, or only one side uses TLS
   - VersionInFuture    the shard has not reached the requested version
   - VersionCompacted   the shard has deleted changes that a subscriber still needs: subscribe again
                        with start="snapshot"
@@ -118,6 +120,24 @@ class DeadlineExceeded(PsError, TimeoutError):
 
 class Unavailable(PsError, ConnectionError):
     """The server could not be reached in time. A push may have taken effect."""
+
+
+class TlsError(PsError, ConnectionError):
+    """No TLS connection to the server is possible; the client does not retry.
+
+    The attribute ``reason`` is one of
+
+    * TLS_SERVER_UNTRUSTED  no CA that the client trusts signed the server's certificate
+    * TLS_SERVER_NAME       the server's certificate is for other names
+    * TLS_SERVER_EXPIRED    the server's certificate has expired, or is not valid yet
+    * TLS_SERVER_PLAINTEXT  the client uses TLS, and the server does not
+    * TLS_SERVER_TLS        the server uses TLS, and the client does not
+    * TLS_CLIENT_MISSING    the server requires a certificate, and the client has none
+    * TLS_CLIENT_REFUSED    the server does not trust the client's certificate
+    * TLS_CLIENT_EXPIRED    the client's certificate has expired, or is not valid yet
+    * TLS_FILES             the client's own files cannot be used
+    * TLS_HANDSHAKE         anything else, for example no common version of TLS
+    """
 
 
 class VersionInFuture(PsError):

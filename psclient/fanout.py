@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from psclient.channel import Cancelled
-from psclient.errors import DeadlineExceeded, PsError, Unavailable
+from psclient.errors import DeadlineExceeded, PsError
 from psclient.link import Link
 from psclient.retry import pause_after, rpc_error
 
@@ -95,7 +95,7 @@ def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:
     ask.attempts += 1
     try:
         ask.handle = ask.link.channel.start(f"/ps.v1.{ask.method}", ask.message, max(left, 0.001))
-    except Unavailable as error:  # the client was closed
+    except PsError as error:  # the client was closed, or its files for TLS cannot be used
         ask.error = error
     else:
         ask.handle.add_done_callback(lambda handle: ended.put((ask, handle)))
@@ -112,7 +112,7 @@ def _end(ask: Ask, deadline: float) -> None:
     except Cancelled:
         ask.due = 0.0
     except grpc.RpcError as error:
-        failure = rpc_error(error, ask.link.where)
+        failure = rpc_error(error, ask.link.channel, ask.link.where)
         pause = pause_after(failure, ask.attempts - 1)
         ask.due = time.monotonic() + (pause or 0.0)
         if pause is None or ask.due >= deadline:

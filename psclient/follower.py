@@ -17,12 +17,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psclient import checked
+from psclient.access import Security
 from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.changes import Change
@@ -32,7 +33,7 @@ from psclient.copies import Copy
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, TableNotFound
 from psclient.replica import ShardReplica
 from psclient.signals import Condition, Shield
-from psclient.subscriber import Subscriber
+from psclient.subscriber import Subscriber, client_of
 from psclient.versions import Versions
 from psproto import routing
 
@@ -101,6 +102,8 @@ class Follower:
                  value of each key; 0: every change is sent
     on_change    called with every Change after the follower has accepted it, on the follower's
                  thread
+    security     tls, token_file and token_in_plaintext, which Client explains; not with a Client,
+                 which has its own
 
     Creating it only checks the arguments; ``open`` connects. Given one DNS name, creating it also
     searches for the shards, and may raise Unavailable.
@@ -121,9 +124,10 @@ class Follower:
         wire: Wire = "float32",
         coalesce_ms: int = 0,
         on_change: Callable[[Change], object] | None = None,
+        **security: Unpack[Security],
     ) -> None:
-        self._own = None if isinstance(where, Client) else Client(where)
-        self._client: Client = where if isinstance(where, Client) else self._own  # type: ignore[assignment]
+        self._client = client_of(where, security)
+        self._own = None if isinstance(where, Client) else self._client
         self._where = where if isinstance(where, Client) else self._client._addresses
         self._options: dict[str, Any] = {
             "tables": None if tables is None else checked.names_of("tables", tables),
@@ -132,6 +136,7 @@ class Follower:
             "on_change": on_change,
         }
         options = {name: value for name, value in self._options.items() if name != "on_change"}
+        self._options |= security
         endless = float("inf")  # reconnect for as long as a shard is down
         subscriber = Subscriber(self._client, timeout=endless, when_lost="snapshot", **options)
         self._following = _Following(subscriber, self._client._shards(), on_change)

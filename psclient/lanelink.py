@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import grpc
 from google.protobuf.message import DecodeError
 
-from psclient.channel import OPTIONS, Cancelled, Options
+from psclient.access import PLAIN, Access
+from psclient.channel import Cancelled
 from psclient.errors import NoLane, PsError
 from psclient.lanepipe import HELLO_SECONDS, LanePipe
 from psclient.pipe import GrpcPipe, Pipe, PipeLost
@@ -66,11 +67,11 @@ class LaneLink(StreamLink):
         where: str,
         route: Route,
         session: Session,
-        options: Options = OPTIONS,
+        access: Access = PLAIN,
         *,
         demanded: bool = False,
     ) -> None:
-        super().__init__(where, route, session, options)
+        super().__init__(where, route, session, access)
         self.why = "the shard was not asked yet"
         self._demanded = demanded
         self._offer: pb.Lane | None = None

@@ -14,7 +14,8 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 
-from psclient.channel import OPTIONS, Channel, Options
+from psclient.access import PLAIN, Access
+from psclient.channel import Channel
 from psclient.errors import PsError, Unavailable
 from psclient.routes import Route
 from psclient.session import Call, Session, pause_before
@@ -29,17 +30,15 @@ class Link(ABC):
     where    name of the shard in error messages: "shard 1 at 127.0.0.1:7001"
     route    address of the shard
     session  numbers the pushes, so that the shard applies each once
-    options  options of the gRPC channel
+    access   how to connect
     ordered  whether requests take effect in the order of ``submit``, unless one is sent again
     """
 
     ordered = False
 
-    def __init__(
-        self, where: str, route: Route, session: Session, options: Options = OPTIONS
-    ) -> None:
+    def __init__(self, where: str, route: Route, session: Session, access: Access = PLAIN) -> None:
         self.where = where
-        self.channel = Channel(route, options)
+        self.channel = Channel(route, access)
         self.session = session
         self.lock = threading.RLock()
         self._ids = itertools.count(1)

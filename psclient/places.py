@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 
-from psclient.channel import options
+from psclient.access import Access, host_of
 from psclient.discovery import Discovery, Found
 from psclient.errors import DeadlineExceeded
 from psclient.routes import Route
@@ -57,16 +57,16 @@ class Listed(Places):
 class Named(Places):
     """Shards behind one DNS name. Follows each shard to another address.
 
-    name   "host:port"
-    proxy  whether to use the HTTP proxy that the environment variables name
+    name    "host:port"
+    access  how to connect. Certificates of all shards must be for the host of ``name``
 
     When a call does not reach its shard, a background thread searches for the shard, and changes
     the address of the shard's Route.
     """
 
-    def __init__(self, name: str, *, proxy: bool) -> None:
+    def __init__(self, name: str, access: Access) -> None:
         self._name = name
-        self._options = options(proxy=proxy)
+        self._access = access
         self._routes: list[Route] | None = None
         self._found: list[Found] = []  # the process that each Route leads to
         self._prepare()
@@ -80,7 +80,10 @@ class Named(Places):
                 )
             if self._routes is None:
                 self._found = self._find(deadline)
-                self._routes = [Route(each.address, self._failed) for each in self._found]
+                self._routes = [
+                    Route(each.address, self._failed, name=host_of(self._name))
+                    for each in self._found
+                ]
                 for each, route in zip(self._found, self._routes, strict=True):
                     route.expect(each.shard, each.shards, each.cluster)
             return list(self._routes)
@@ -94,12 +97,13 @@ class Named(Places):
     def _find(self, deadline: float) -> list[Found]:
         """Search until all shards are found; return where each is.
 
-        Raises Unavailable, or InvalidArgument if there is more than one cluster, at the deadline.
+        Raises Unavailable, or InvalidArgument if there is more than one cluster, at the deadline;
+        TlsError as soon as TLS permits a connection to none of the addresses.
         """
-        discovery = Discovery(self._name, self._options)
+        discovery = Discovery(self._name, self._access)
         try:
             while (found := discovery.complete()) is None:
-                if time.monotonic() >= deadline:
+                if discovery.hopeless or time.monotonic() >= deadline:
                     raise discovery.problem()
                 discovery.step(deadline)
             return found
@@ -133,7 +137,7 @@ class Named(Places):
         A background thread runs this method.
         """
         known = [address for each in self._found for address in _of(each)]
-        discovery = Discovery(self._name, self._options, known, self._settled)
+        discovery = Discovery(self._name, self._access, known, self._settled)
         try:
             while self._follow(discovery):
                 discovery.step(time.monotonic() + STEP_SECONDS)
@@ -191,12 +195,12 @@ def _of(found: Found) -> tuple[str, str]:
     return found.asked, found.address
 
 
-def places_of(where: str | Sequence[str], *, proxy: bool) -> Places:
+def places_of(where: str | Sequence[str], access: Access) -> Places:
     """Return the Places of checked addresses: of a DNS name, or of a list of addresses.
 
-    proxy  whether to use the HTTP proxy that the environment variables name
+    access  how to connect
     """
-    return Named(where, proxy=proxy) if isinstance(where, str) else Listed(where)
+    return Named(where, access) if isinstance(where, str) else Listed(where)
 
 
 _named: weakref.WeakSet[Named] = weakref.WeakSet()

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from psclient.channel import Channel
 from psclient.errors import PsError, Unavailable, decoded, error_of
 from psproto import ps_pb2 as pb
 
@@ -44,10 +45,11 @@ def pause_after(error: PsError, attempts: int) -> float | None:
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 
-def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
+def retry(attempt: Callable[[float], Any], channel: Channel, where: str, deadline: float) -> Any:
     """Call ``attempt`` until it succeeds or fails for good; return its result.
 
     attempt   called as attempt(seconds until the deadline); raises grpc.RpcError if it fails
+    channel   connection of the attempts
     where     name of the server, for errors
     deadline  monotonic seconds
 
@@ -60,7 +62,7 @@ def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
         try:
             return attempt(max(left, 0.001))
         except grpc.RpcError as error:
-            failure = rpc_error(error, where)
+            failure = rpc_error(error, channel, where)
         pause = pause_after(failure, attempts)
         if pause is None or time.monotonic() + pause >= deadline:
             raise failure
@@ -68,13 +70,17 @@ def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
         time.sleep(pause)
 
 
-def rpc_error(error: grpc.RpcError, where: str) -> PsError:
+def rpc_error(error: grpc.RpcError, channel: Channel, where: str) -> PsError:
     """Convert the error of a failed gRPC call to a PsError.
 
-    where  name of the server, which the error message starts with
+    channel  connection of the call. If it was not established, this function may try a TLS
+             handshake, for seconds, to find out whether TLS is the reason
+    where    name of the server, which the error message starts with
 
     If the details that the server sent are not a valid message, those of gRPC are used.
     """
+    if (found := channel.explain(error)) is not None:
+        return found.error(where)
     trailers = dict(error.trailing_metadata() or ())
     status = pb.Status(code=error.code().value[0], message=error.details() or "")
     details = trailers.get("grpc-status-details-bin")

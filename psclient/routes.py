@@ -12,14 +12,23 @@ class Route:
     """Address of one shard. It may change while connections use it.
 
     address    "host:port"
+    name       DNS name through which the shard was found, which its certificate must be for; "":
+               none, then it must be for the host in the address
     on_failed  called when a call did not reach the shard at its current address, on one of gRPC's
                threads; must return at once. None: not called
 
     metadata   sent with every call; see ``expect``
     """
 
-    def __init__(self, address: str, on_failed: Callable[[Route], None] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        on_failed: Callable[[Route], None] | None = None,
+        *,
+        name: str = "",
+    ) -> None:
         self.address = address
+        self.name = name
         self.metadata: Metadata = ()
         self._on_failed = on_failed
 

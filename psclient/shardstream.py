@@ -9,9 +9,17 @@ from typing import Any, Literal
 
 import grpc
 
+from psclient.access import Access
 from psclient.changes import Change, read_change
-from psclient.channel import Channel, options
-from psclient.errors import LogDiverged, PsError, Unavailable, VersionCompacted, VersionInFuture
+from psclient.channel import Channel
+from psclient.errors import (
+    LogDiverged,
+    PsError,
+    TlsError,
+    Unavailable,
+    VersionCompacted,
+    VersionInFuture,
+)
 from psclient.retry import RETRYABLE, asked_pause, backoff, rpc_error
 from psclient.routes import Route
 from psclient.signals import Condition
@@ -108,7 +116,7 @@ class ShardStream:
     timeout    if the shard cannot be reached for this many seconds, Unavailable is queued
     when_lost  what to do if the shard cannot continue from the token: "raise" queues the error,
                "snapshot" starts again with a snapshot of all rows
-    proxy      whether to use the HTTP proxy that the environment variables name
+    access     how to connect
 
     After a failure it opens a new stream, which continues after the last change in the queue.
     """
@@ -123,7 +131,7 @@ class ShardStream:
         timeout: float,
         when_lost: WhenLost,
         *,
-        proxy: bool = False,
+        access: Access,
     ) -> None:
         self.where = where
         self._queue = queue
@@ -131,7 +139,7 @@ class ShardStream:
         self._request = request
         self._timeout = timeout
         self._when_lost = when_lost
-        self._channel = Channel(route, options(proxy=proxy))
+        self._channel = Channel(route, access)
         self._call: Any = None
         self._count = 0
         self._received = False  # whether the newest stream has delivered a message
@@ -222,8 +230,9 @@ class ShardStream:
                 if change.token:
                     self._request.token = change.token
         except grpc.RpcError as error:
-            failure = rpc_error(error, self.where)
-            if error.code() in RETRYABLE and not isinstance(failure, Unavailable):
+            failure = rpc_error(error, self._channel, self.where)
+            final = isinstance(failure, Unavailable | TlsError)
+            if error.code() in RETRYABLE and not final:
                 failure = Unavailable(f"{self.where}: {error.code().name}: {error.details()}")
             raise failure from error
         except codec.Malformed as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 import grpc
 
-from psclient.channel import OPTIONS, Options
+from psclient.access import PLAIN, Access
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
 from psclient.link import Link
 from psclient.pipe import BROKEN, GrpcPipe, Pipe
@@ -42,10 +42,8 @@ class StreamLink(Link):
 
     ordered = True
 
-    def __init__(
-        self, where: str, route: Route, session: Session, options: Options = OPTIONS
-    ) -> None:
-        super().__init__(where, route, session, options)
+    def __init__(self, where: str, route: Route, session: Session, access: Access = PLAIN) -> None:
+        super().__init__(where, route, session, access)
         self._pipe: Pipe | None = None
         self._reader: Call | None = None  # the call of the reader; None: nobody reads
         self._reader_thread = 0  # identity of the thread that reads
@@ -170,7 +168,11 @@ class StreamLink(Link):
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
                 return
-            pipe = self._pipe or self._reopen()
+            try:
+                pipe = self._pipe or self._reopen()
+            except PsError as error:  # the files for TLS cannot be used
+                self._fail(error)
+                return
         try:
             id, answer = pipe.receive()
         except BROKEN as error:
@@ -248,6 +250,11 @@ class StreamLink(Link):
         if self._sleeping:
             self._wake(call)
 
+    def _fail(self, error: PsError) -> None:
+        """Complete all unanswered calls with an error."""
+        for call in [each for each in self._open.values() if not each.done]:
+            self._settle(call, None, error)
+
     def _give_up(self, call: Call, why: str) -> None:
         super()._give_up(call, why)
         self._wake(call)
@@ -268,10 +275,17 @@ class StreamLink(Link):
 
         pipe    the pipe that failed
         error   exception that reading it raised. If its gRPC status code is in RETRYABLE, this
-                method pauses. Otherwise all unanswered calls fail with this error
+                method pauses. Otherwise, and if TLS is the reason, all unanswered calls fail with
+                this error
         reader  call on whose behalf this thread read. The pause ends at its deadline. If the
                 deadline has passed, this call fails and there is no pause
         """
+        if isinstance(error, grpc.RpcError) and (found := self.channel.explain(error)) is not None:
+            with self.lock:
+                if self._pipe is pipe:
+                    self._drop_pipe()
+                self._fail(found.error(self.where))
+            return
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
         with self.lock:
@@ -284,8 +298,7 @@ class StreamLink(Link):
             self._last_failure = f"{code.name}: {text}"
             if code not in RETRYABLE:
                 status = pb.Status(code=code.value[0], message=text or code.name)
-                for call in [each for each in self._open.values() if not each.done]:
-                    self._settle(call, None, error_of(status, self.where))
+                self._fail(error_of(status, self.where))
                 return
         self._lost(pipe, reader.deadline)
         left = reader.deadline - time.monotonic()

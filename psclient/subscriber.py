@@ -23,9 +23,10 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from psclient import checked
+from psclient.access import Security
 from psclient.changes import Change
 from psclient.choices import WIRES, Wire
 from psclient.client import Client
@@ -74,6 +75,8 @@ class Subscriber:
     when_lost      what to do if a shard cannot continue from a token. "raise": raise
                    VersionCompacted, LogDiverged or VersionInFuture. "snapshot": begin again with a
                    snapshot
+    security       tls, token_file and token_in_plaintext, which Client explains; not with a Client,
+                   which has its own
 
     Creating it only checks the arguments, and raises InvalidArgument if one is invalid. Given one
     DNS name, it also searches for the shards, and may raise Unavailable. ``open``
@@ -100,6 +103,7 @@ class Subscriber:
         chunk_bytes: int = 0,
         timeout: float = 30.0,
         when_lost: WhenLost = "raise",
+        **security: Unpack[Security],
     ) -> None:
         self._options: dict[str, Any] = {
             "tables": None if tables is None else checked.names_of("tables", tables),
@@ -112,9 +116,10 @@ class Subscriber:
             "chunk_bytes": chunk_bytes,
             "timeout": timeout,
             "when_lost": when_lost,
+            **security,
         }
         self._request = _request(self._options)
-        self._client = where if isinstance(where, Client) else Client(where)
+        self._client = client_of(where, security)
         self._where = where if isinstance(where, Client) else self._client._addresses
         self._shards = self._client._shards()
         self._queue = ChangeQueue(_tokens(tokens, self._shards), READY * self._shards)
@@ -210,7 +215,7 @@ class Subscriber:
             request,
             options["timeout"],
             options["when_lost"],
-            proxy=self._client._proxy,
+            access=self._client._access,
         )
 
     def _check_process(self) -> None:
@@ -220,6 +225,18 @@ class Subscriber:
                 f"the subscriber was opened in process {self._process}, before a fork; create"
                 f" a new one in process {os.getpid()}"
             )
+
+
+def client_of(where: str | Sequence[str] | Client, security: Security) -> Client:
+    """Return ``where`` if it is a Client; else a new Client of these addresses.
+
+    Raises InvalidArgument if arguments of ``security`` are given with a Client.
+    """
+    if not isinstance(where, Client):
+        return Client(where, **security)
+    if security:
+        raise InvalidArgument(f"{', '.join(security)}: pass this to the Client instead")
+    return where
 
 
 def _request(options: Mapping[str, Any]) -> pb.SubscribeRequest:

@@ -40,7 +40,7 @@ class UnaryLink(Link):
             except Cancelled:
                 self._send(call)
             except grpc.RpcError as failure:
-                self._again(call, rpc_error(failure, self.where))
+                self._again(call, rpc_error(failure, self.channel, self.where))
             except codec.Malformed as failure:
                 text = f"{self.where}: its answer is not a valid message: {failure}"
                 self._again(call, Unavailable(text))

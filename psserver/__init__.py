@@ -131,6 +131,7 @@ overview.py      the figures of all shards
 webmessages.py   requests and responses of HTTP
 site.py          the pages of the HTTP port
 exposition.py    serve them, and limit what clients can occupy
+security/certificates.py  the server's TLS certificates, read again when their files change
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order
 logs.py          write log lines to stderr

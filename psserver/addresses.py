@@ -35,6 +35,14 @@ def bare_host(host: str) -> str:
     return bare
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def require_address(address: str) -> None:
     """Raise ValueError unless ``address`` is HOST:PORT, with brackets around an IPv6 address."""
     host, _, port = address.rpartition(":")

@@ -10,17 +10,19 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliImplicitFlag,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from psserver.addresses import is_loopback
 from psserver.flaghelp import HelpFormatter
 from psserver.shardsettings import ShardSettings
 from psserver.unusable import ConfigError
@@ -60,6 +62,73 @@ class ServerConfig(ShardSettings):
         " for refused attempts. Without it, the lines go to the server's log if policy_file is set,"
         " and otherwise nowhere",
     )
+    plaintext: CliImplicitFlag[bool] = Field(
+        False,
+        description="Permit to serve without TLS on an address that other machines can reach."
+        " Whoever reaches the port can then read the traffic. A loopback address needs no"
+        " permission",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        examples=["/etc/psserver/tls/tls.crt"],
+        description="File with the server's certificate in PEM, followed by those that lead to its"
+        " CA. With it, all clients must use TLS. It and the files of tls_key and tls_ca are read"
+        " again when they change; open connections stay open",
+    )
+    tls_key: Path | None = Field(
+        None,
+        examples=["/etc/psserver/tls/tls.key"],
+        description="File with the private key of tls_certificate, in PEM and without a password",
+    )
+    tls_ca: Path | None = Field(
+        None,
+        examples=["/etc/psserver/tls/ca.crt"],
+        description="File with the certificates of the CAs that sign certificates of clients, in"
+        " PEM",
+    )
+    tls_client_auth: Literal["required", "none"] = Field(
+        "required",
+        description="Whether clients must have a certificate that a CA of tls_ca signed: required,"
+        " or none. With none, only tokens tell clients apart",
+    )
+
+    @model_validator(mode="after")
+    def _complete_tls(self) -> Self:
+        needed = ["tls_certificate", "tls_key"]
+        needed += ["tls_ca"] if self.tls_client_auth == "required" else []
+        missing = [field for field in needed if getattr(self, field) is None]
+        given = [
+            field
+            for field in ("tls_certificate", "tls_key", "tls_ca")
+            if getattr(self, field) is not None
+        ]
+        if given and missing:
+            raise ValueError(
+                f"{missing[0]}: must be set, because {given[0]} is set; with"
+                f" tls_client_auth={self.tls_client_auth}, TLS needs {', '.join(needed)}"
+            )
+        if not given and "tls_client_auth" in self.model_fields_set:
+            raise ValueError(
+                f"tls_client_auth: {self.tls_client_auth} has no effect without TLS; set"
+                f" {', '.join(needed)}, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_plaintext_by_accident(self) -> Self:
+        if self.tls or self.plaintext or is_loopback(self.host):
+            return self
+        raise ValueError(
+            f"plaintext: with host={self.host} other machines can reach this server, and without"
+            " TLS they can read and change all rows. Set tls_certificate, tls_key and tls_ca"
+            " (docs/security.md), or host=127.0.0.1 if all clients are on this machine, or"
+            " plaintext=true if you trust every machine that can reach the port"
+        )
+
+    @property
+    def tls(self) -> bool:
+        """Whether clients must use TLS."""
+        return self.tls_certificate is not None
 
     @classmethod
     def settings_customise_sources(

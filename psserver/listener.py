@@ -22,6 +22,7 @@ from psserver.door import Door
 from psserver.errors import NotAShard, Starting
 from psserver.health import Health
 from psserver.identity import Identity
+from psserver.security.certificates import Certificates
 from psserver.security.guard import Guard
 from psserver.service import Service
 from psserver.unusable import ConfigError
@@ -43,10 +44,13 @@ class Listener:
     """Runs the gRPC server of one shard, from ``listen`` to ``stop``.
 
     guard  finds out who calls, and what the caller may do
+
+    certificates  the TLS certificates in use, after ``listen``; None: the port is plaintext
     """
 
     def __init__(self, config: ServerConfig, guard: Guard) -> None:
         self._config = config
+        self.certificates: Certificates | None = None
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
         surplus = NotAShard(config.shard, config.shards) if config.surplus else None
@@ -56,9 +60,11 @@ class Listener:
     async def listen(self) -> None:
         """Open the port and report that the shard is alive but not ready.
 
-        Raises ConfigError if the port cannot be used.
+        Raises ConfigError if the port or a certificate cannot be used.
         """
         config = self._config
+        if config.tls:
+            self.certificates = Certificates(config)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -88,7 +94,10 @@ class Listener:
         try:
             for listener in bind(host, port):  # gRPC would not report the reason
                 listener.close()
-            self._server.add_insecure_port(join(host, port))
+            if self.certificates is None:
+                self._server.add_insecure_port(join(host, port))
+            else:
+                self._server.add_secure_port(join(host, port), self.certificates.credentials())
         except OSError as error:
             raise ConfigError(cannot_listen("port", host, port, error)) from error
         except RuntimeError as error:

@@ -28,7 +28,7 @@ from psclient.torch import (
 DIM = 4
 MODULES = ("psclient.aio", "psclient.torch", "psclient.multihash", "psclient.mixed")
 PLAIN = {  # values and exceptions: no cluster
-    *("Alteration", "Batch", "Change", "PsError", "PulledRows", "TableInfo", "Versions"),
+    *("Alteration", "Batch", "Change", "PsError", "PulledRows", "TableInfo", "Tls", "Versions"),
     *("PulledParts", "PulledMixed"),
 }
 ELSEWHERE = {  # tests of their own; abstract

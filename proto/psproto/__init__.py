@@ -4,6 +4,7 @@ ps.proto        messages and services; its comments specify their behavior
 cpu.py          check that the processor can run the compiled kernels
 kernelcache.py  cache of kernels that Numba compiled
 names.py        rules for names of tables, barriers, checkpoints
+certfiles.py    read files that belong together while they change
 keepalive.py    gRPC options of clients and servers for pings on quiet connections
 routing.py      key hash, buckets, shard map, and the kernels that split and join batches
 dtypes.py       number types in messages

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from psclient.channel import OPTIONS, Channel
+from psclient.access import Access, host_of
+from psclient.channel import Channel
 from psclient.errors import ServerFailure, answer_of
 from psclient.lookup import look_up
 from psclient.retry import rpc_error
@@ -51,20 +52,25 @@ class Finding:
     advice: str = ""
 
 
-def examine(where: str | Sequence[str], *, timeout: float = 10.0) -> list[Finding]:
-    """Return the results of all checks. Raises nothing.
+def examine(
+    where: str | Sequence[str], *, timeout: float = 10.0, access: Access | None = None
+) -> list[Finding]:
+    """Return the results of all checks. Raises InvalidArgument for invalid variables.
 
     where    "host:port" of every shard, in order; or one "name:port" that leads to all shards
     timeout  seconds to wait for each shard
+    access   how to connect; None: as the environment variables say
     """
+    access = access or Access()
+    name = host_of(where) if isinstance(where, str) else ""
     servers = [where] if isinstance(where, str) else where
     found = [_name(each) for each in dict.fromkeys(servers) if not each.startswith("unix:")]
-    shards = status(where, timeout=timeout)
+    shards = status(where, timeout=timeout, access=access)
     found += [_state(each) for each in shards]
     found.append(_releases(shards))
     ready = [each for each in shards if each.release is not None]
     with ThreadPoolExecutor(max(1, min(len(ready), 64)), "psclient-doctor") as pool:
-        for several in pool.map(lambda each: list(_ask(each, timeout)), ready):
+        for several in pool.map(lambda each: list(_ask(each, timeout, access, name)), ready):
             found += several
     return found
 
@@ -106,16 +112,17 @@ def _releases(shards: Sequence[ShardStatus]) -> Finding:
     return Finding(None, "release", "ok", text)
 
 
-def _ask(shard: ShardStatus, timeout: float) -> Iterator[Finding]:
+def _ask(shard: ShardStatus, timeout: float, access: Access, name: str) -> Iterator[Finding]:
     """Yield what a shard finds about its machine, and how its clock differs from this machine's."""
+    channel = Channel(Route(shard.address, name=name), access)
     try:
-        with closing(Channel(Route(shard.address), OPTIONS)) as channel:
+        with closing(channel):
             sent = time.time()
             data = channel.call("/ps.v1.InfoService/Diagnose", b"", timeout)
             received = time.time()
     except grpc.RpcError as error:
         advice = UPGRADE if error.code() is grpc.StatusCode.UNIMPLEMENTED else AGAIN
-        found = f"cannot be checked: {rpc_error(error, shard.address)}"
+        found = f"cannot be checked: {rpc_error(error, channel, shard.address)}"
         yield Finding(shard.shard, "machine", "warning", found, advice)
         return
     try:

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from psclient import addresses
-from psclient.channel import OPTIONS, Channel
+from psclient.access import Access, host_of
+from psclient.channel import Channel
 from psclient.discovery import Discovery
 from psclient.errors import InvalidArgument, PsError, answer_of
 from psclient.restores import OVER, PREPARED
@@ -64,20 +65,26 @@ class ShardStatus:
         return self.state == "ready"
 
 
-def status(where: str | Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
-    """Return the state of every shard, in order. Raises nothing.
+def status(
+    where: str | Sequence[str], *, timeout: float = 5.0, access: Access | None = None
+) -> list[ShardStatus]:
+    """Return the state of every shard, in order. Raises InvalidArgument for invalid variables.
 
     where    "host:port" of every shard, in order; or one "name:port" that leads to all shards
     timeout  seconds to wait for each shard, and for the search behind a name
+    access   how to connect; None: as the environment variables say
     """
+    access = access or Access()
     if isinstance(where, str):
-        return _behind(where, max(timeout, 0.01))
+        return _behind(where, max(timeout, 0.01), access)
     shards = range(len(where))
     with ThreadPoolExecutor(max(1, min(len(where), 64)), "psclient-status") as pool:
-        return list(pool.map(lambda i: _ask(i, len(where), where[i], max(timeout, 0.01)), shards))
+        return list(
+            pool.map(lambda i: _ask(i, len(where), where[i], max(timeout, 0.01), access), shards)
+        )
 
 
-def _behind(name: str, timeout: float) -> list[ShardStatus]:
+def _behind(name: str, timeout: float, access: Access) -> list[ShardStatus]:
     """Return the state of every shard behind a DNS name; see ``status``.
 
     Shards that were not found are "unreachable". Servers that belong to no shard follow after the
@@ -87,7 +94,7 @@ def _behind(name: str, timeout: float) -> list[ShardStatus]:
     if wrong := addresses.problem(name):
         text = f"{name!r}: {wrong}"
         return [ShardStatus(shard=0, address=name, state="unreachable", problem=text)]
-    discovery = Discovery(name, OPTIONS)
+    discovery = Discovery(name, access)
     deadline = time.monotonic() + timeout
     with closing(discovery):
         while not (discovery.complete() or discovery.heard) and time.monotonic() < deadline:
@@ -98,7 +105,8 @@ def _behind(name: str, timeout: float) -> list[ShardStatus]:
     shards = next(iter(known.values())).shards
     with ThreadPoolExecutor(min(shards, 64), "psclient-status") as pool:
         asked = {
-            i: pool.submit(_ask, i, shards, each.address, timeout) for i, each in known.items()
+            i: pool.submit(_ask, i, shards, each.address, timeout, access, host_of(name))
+            for i, each in known.items()
         }
     gone = [i for i in range(shards) if i not in asked]
     missing = [
@@ -112,19 +120,23 @@ def _behind(name: str, timeout: float) -> list[ShardStatus]:
     return sorted((*answered, *missing, *surplus), key=lambda each: each.shard)
 
 
-def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
+def _ask(
+    shard: int, shards: int, address: str, timeout: float, access: Access, name: str = ""
+) -> ShardStatus:
     """Ask one shard for its state. An error becomes part of the result.
 
     shard    position of its address in the list
     shards   number of addresses in the list
     timeout  seconds
+    access   how to connect
+    name     DNS name through which the shard was found; "": none
     """
     if wrong := addresses.problem(address):
         return ShardStatus(
             shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
         )
     try:
-        with closing(Channel(Route(address), OPTIONS)) as channel:
+        with closing(Channel(Route(address, name=name), access)) as channel:
             info = call_shard(
                 channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
             )
@@ -199,6 +211,6 @@ def call_shard(channel: Channel, method: str, request: Any, timeout: float, addr
     try:
         return channel.call(f"/ps.v1.{method}", request.SerializeToString(), timeout)
     except grpc.RpcError as error:
-        raise rpc_error(error, address) from None
+        raise rpc_error(error, channel, address) from None
     except ValueError as error:  # gRPC cannot parse the address
         raise InvalidArgument(f"{address}: {error}") from None

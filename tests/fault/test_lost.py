@@ -64,7 +64,15 @@ class Lab:
 
     def serve(self, shard: int, machine: Machine) -> subprocess.Popen[str]:
         flags = ["--shard", str(shard), "--shards", "2", "--cluster", "lab", "--metrics-port", "0"]
-        flags += ["--host", machine.address, "--port", str(PORT), "--host-bytes", str(64 << 20)]
+        flags += [
+            "--plaintext",
+            "--host",
+            machine.address,
+            "--port",
+            str(PORT),
+            "--host-bytes",
+            str(64 << 20),
+        ]
         flags += ["--checkpoint-url", f"file://{self.directory}/checkpoints"]
         data = self.directory / f"data-{shard}"
         return self.start(machine, "-m", "psserver", "serve", "--data-dir", str(data), *flags)

@@ -13,7 +13,7 @@ from pods import Pod, info, no_such_name
 from servers import eventually, free_ports
 
 from psclient import discovery, lookup
-from psclient.channel import OPTIONS
+from psclient.access import PLAIN
 from psclient.discovery import Discovery
 from psclient.errors import InvalidArgument, PsError, Unavailable
 from psclient.places import Named
@@ -49,7 +49,7 @@ class Service:
         return list(self.addresses)
 
     def places(self) -> Named:
-        return Named(self.name, proxy=False)
+        return Named(self.name, PLAIN)
 
     def found(self, seconds: float = SOON) -> list[str]:
         """The addresses of the shards, in order."""
@@ -398,7 +398,7 @@ def test_addresses_that_look_ups_no_longer_return_are_forgotten(
     monkeypatch.setattr(discovery, "FORGET_SECONDS", 0.5)
     gone = f"127.0.0.30:{service.port}"
     service.addresses.append(gone)
-    search = Discovery(service.name, OPTIONS)
+    search = Discovery(service.name, PLAIN)
     while gone not in search.errors:
         search.step(time.monotonic() + 1)
     service.addresses.clear()

@@ -60,6 +60,19 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "audit_file": (Path("/a"), Path("/b"), Path("/c")),
     "cluster": ("", "a", "prod/ps-0.b_c"),
     "advertise": ("ps-0.ps:7000", "10.0.0.1:1", "[fd00::1]:65535"),
+    "plaintext": (1, 0, 1),
+    "tls_certificate": (Path("/a"), Path("/b"), Path("/c")),
+    "tls_key": (Path("/a"), Path("/b"), Path("/c")),
+    "tls_ca": (Path("/a"), Path("/b"), Path("/c")),
+    "tls_client_auth": ("required", "none", "required"),
+}
+PARTNERS = {  # settings that a setting needs
+    "tls_certificate": {"tls_key": "/k", "tls_ca": "/a"},
+    "tls_key": {"tls_certificate": "/c", "tls_ca": "/a"},
+    "tls_ca": {"tls_certificate": "/c", "tls_key": "/k"},
+    "tls_client_auth": {"tls_certificate": "/c", "tls_key": "/k", "tls_ca": "/a"},
+    "host": {"plaintext": 1},
+    "shards": {},
 }
 CLUSTER = {"shards": 100}  # so that every shard number above is one of the cluster
 
@@ -125,6 +138,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("advertise", "ps-0.ps:65536", "must be HOST:PORT"),
     ("advertise", "http://ps-0.ps:7000", "must be a host without a port"),
     ("advertise", "fd00::1:7000", "an IPv6 address must be in brackets"),
+    ("tls_client_auth", "optional", "should be 'required' or 'none'"),
     ("port", "seventy", "valid integer"),
     ("drain_seconds", "soon", "valid number"),
 ]
@@ -138,6 +152,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flag(field: str, value: Any) -> list[str]:
+    if field == "plaintext":
+        return ["--plaintext" if value else "--no-plaintext"]
     return [f"--{field.replace('_', '-')}", str(value)]
 
 
@@ -205,6 +221,11 @@ def test_without_any_source_the_defaults_hold() -> None:
         "advertise": "",
         "http_peers": "",
         "http_names": "",
+        "plaintext": False,
+        "tls_certificate": None,
+        "tls_key": None,
+        "tls_ca": None,
+        "tls_client_auth": "required",
     }
     assert 0 < memory < memory_limit().bytes
 
@@ -218,7 +239,7 @@ def test_flags_stand_before_the_environment_before_the_file(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_file, in_environment, in_flags = VALUES[field]
-    base = {} if field == "shards" else CLUSTER
+    base = PARTNERS.get(field, CLUSTER)
     for sources in range(1, 8):
         path = file(tmp_path, **base, **({field: in_file} if sources & 1 else {}))
         flags, want = ["--config", str(path)], in_file
@@ -489,7 +510,7 @@ def test_a_limit_that_leaves_nothing_is_refused_unless_the_budget_is_given(
     [("::1", "::1"), ("[::1]", "::1"), ("::", "::"), ("[::]", "::"), ("localhost", "localhost")],
 )
 def test_an_ipv6_address_may_have_brackets(given: str, host: str) -> None:
-    assert load(["--host", given]).host == host
+    assert load(["--plaintext", "--host", given]).host == host
 
 
 @pytest.mark.parametrize("field", ServerConfig.model_fields)

@@ -133,7 +133,15 @@ class TestAddresses:
         if ":" in host and not ipv6():
             pytest.skip("this machine has no IPv6")
         port = free_ports(2)
-        flags = ["--host", host, "--port", str(port), "--metrics-port", str(port + 1)]
+        flags = [
+            "--plaintext",
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--metrics-port",
+            str(port + 1),
+        ]
 
         async def run() -> None:
             server = Server(load(flags), lambda: None)
@@ -169,7 +177,15 @@ class TestAddresses:
 
     def test_an_address_of_another_machine_is_named(self) -> None:
         async def run() -> None:
-            flags = ["--host", "192.0.2.1", "--port", str(free_ports(1)), "--metrics-port", "0"]
+            flags = [
+                "--plaintext",
+                "--host",
+                "192.0.2.1",
+                "--port",
+                str(free_ports(1)),
+                "--metrics-port",
+                "0",
+            ]
             await Server(load(flags), lambda: None).listen()
 
         with pytest.raises(ConfigError, match=r"this machine does not have that address$"):
