@@ -165,7 +165,11 @@ tools/bench/latencies.py        histograms of latencies, merged over processes
 tools/bench/worker.py           process that sends requests
 tools/bench/result.py           what a run measured
 tools/bench/fleet.py            the tables and processes of a load test
-tools/commands/shell.py         options, connection and error handling of all commands
+tools/commands/exits.py         exit statuses, and the status for each error
+tools/commands/output.py        results and errors as text or as JSON
+tools/commands/progress.py      progress bar
+tools/commands/shell.py         options, connection and errors of all commands
+tools/commands/completion.py    names of tables and checkpoints for the completion of a shell
 tools/commands/cluster.py       psctl status, tail
 tools/commands/doctor.py        psctl doctor
 tools/commands/tables.py        psctl tables, table, create, drop, evict

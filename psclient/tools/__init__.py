@@ -50,7 +50,11 @@ bench/latencies.py        histograms of latencies, merged over processes
 bench/worker.py           process that sends requests
 bench/result.py           what a run measured
 bench/fleet.py            the tables and processes of a load test
-commands/shell.py         options, connection and error handling of all commands
+commands/exits.py         exit statuses, and the status for each error
+commands/output.py        results and errors as text or as JSON
+commands/progress.py      progress bar
+commands/shell.py         options, connection and errors of all commands
+commands/completion.py    names of tables and checkpoints for the completion of a shell
 commands/cluster.py       psctl status, tail
 commands/doctor.py        psctl doctor
 commands/tables.py        psctl tables, table, create, drop, evict

@@ -1,6 +1,10 @@
 """The commands of psctl, in groups; importing a module adds its commands to psctl.
 
-shell.py         options, connection and error handling of all commands
+exits.py         exit statuses, and the status for each error
+output.py        results and errors as text or as JSON
+progress.py      progress bar
+shell.py         options, connection and errors of all commands
+completion.py    names of tables and checkpoints for the completion of a shell
 cluster.py       psctl status, tail
 doctor.py        psctl doctor
 tables.py        psctl tables, table, create, drop, evict

@@ -9,7 +9,8 @@ import typer
 
 from psclient.client import Client
 from psclient.errors import InvalidArgument
-from psclient.tools.commands.shell import DEFAULT, Servers, app, connected
+from psclient.tools.commands.completion import TableName
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.rules import parse_rule, parse_rules
 from psproto import ps_pb2 as pb
 
@@ -17,9 +18,10 @@ FIXED = ("dim", "optimizer", "initializer", "seed")
 NUMBERS = {"lr": float, "serving_default": float, "max_step_ahead": int}
 
 
-@app.command()
+@command()
 def alter(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")],
+    session: Session,
+    name: TableName,
     settings: Annotated[
         list[str],
         typer.Argument(
@@ -28,7 +30,6 @@ def alter(
             show_default=False,
         ),
     ],
-    servers: Servers = DEFAULT,
 ) -> None:
     """Change settings of a table on all shards. Its rows stay.
 
@@ -51,12 +52,15 @@ def alter(
     these counts are discarded. If a shard fails, repeat the command to complete it.
     """
     asked = _parse(settings)
-    with connected(servers) as client:
+    with session.client() as client:
         _require_alterable(client, name, asked)
         before = client.describe_table(name)
         done = client.alter_table(name, **_arguments(asked))
     changed = [field for field in asked if _shown(before, field) != _shown(done.table, field)]
-    _report(name, changed, done.dropped_counters)
+    session.show(
+        {"table": name, "changed": changed, "dropped_counters": done.dropped_counters},
+        lambda: _report(name, changed, done.dropped_counters),
+    )
 
 
 def _report(name: str, changed: Sequence[str], counters: int) -> None:

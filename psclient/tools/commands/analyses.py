@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,20 +16,24 @@ from psclient.tools import analysis, terminal
 from psclient.tools import keys as known
 from psclient.tools import page as pages
 from psclient.tools import sink as sinks
-from psclient.tools.arrow import key_type
+from psclient.tools.arrow import KeyType, key_type
+from psclient.tools.commands import completion
+from psclient.tools.commands.completion import TableName
+from psclient.tools.commands.output import Output, plain
+from psclient.tools.commands.progress import bar
 from psclient.tools.commands.rows import Keys, KeysOption
-from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.history import Moment, append_history, read_history
 from psclient.tools.misses import as_json
 from psclient.tools.staged import staged_file
-from psclient.tools.summary import Analysis
-
-TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
-
+from psclient.tools.summary import Analysis, RowList
 
 CheckpointOption = Annotated[
     str | None,
-    typer.Option(help="Name of a checkpoint: analyze the table in it, not the live table."),
+    typer.Option(
+        help="Name of a checkpoint: analyze the table in it, not the live table.",
+        autocompletion=completion.checkpoints,
+    ),
 ]
 FrequencyOption = Annotated[
     list[int] | None,
@@ -95,8 +99,9 @@ HistoryOption = Annotated[
 ]
 
 
-@app.command()
+@command()
 def analyze(
+    session: Session,
     table: TableName,
     checkpoint: CheckpointOption = None,
     frequency: FrequencyOption = None,
@@ -110,7 +115,6 @@ def analyze(
     html: HtmlOption = None,
     to_json: JsonOption = None,
     history: HistoryOption = None,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Show statistics of a table, and what rules would do to it.
 
@@ -120,7 +124,7 @@ def analyze(
     --parquet, --html and --json are replaced.
     """
     shown = key_type(keys)
-    with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
+    with session.client() as client, staged_file(html) if html else nullcontext() as page:
         if html is not None:
             pages.require()
         if history is not None:
@@ -142,15 +146,30 @@ def analyze(
                     embeddings=embeddings,
                     progress=show,
                 )
-            terminal.show(Console(highlight=False), result, keys=shown)
+            session.show(
+                _facts(result, shown),
+                lambda: terminal.show(Console(highlight=False), result, keys=shown),
+            )
         moments = [] if history is None else _remembered(history, result)
         if page is not None:
             page.write_text(pages.page(result, moments, keys=shown), encoding="utf-8")
     if to_json is not None:
         to_json.write_text(json.dumps(as_json(result), indent=1), encoding="utf-8")
     for path in (parquet, html, to_json):
-        if path is not None:
+        if path is not None and session.output is Output.TEXT:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def _facts(result: Analysis, keys: KeyType) -> dict[str, Any]:
+    """Return the fields of an analysis, its memory and its miss rates, for JSON.
+
+    keys  type in which keys are shown
+    """
+    facts: dict[str, Any] = plain(result)
+    for name, each in facts.items():
+        if isinstance(getattr(result, name), RowList):
+            each["keys"] = plain(getattr(result, name).keys.astype(keys))
+    return facts | {"bytes": result.bytes, "misses": as_json(result)["misses"]}
 
 
 def _remembered(history: Path, result: Analysis) -> list[Moment]:
@@ -159,8 +178,9 @@ def _remembered(history: Path, result: Analysis) -> list[Moment]:
     return read_history(history, result.table)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@command(context_settings={"ignore_unknown_options": True})
 def inspect(
+    session: Session,
     table: TableName,
     keys: Annotated[
         list[str],
@@ -180,16 +200,18 @@ def inspect(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Show the embeddings of the rows.")
     ] = False,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Show where the rows of keys are, or why keys have no row.
 
     Changes nothing.
     """
-    with connected(servers) as client:
+    with session.client() as client:
         numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
         infos = known.inspect(client, table, numbers, embeddings=embeddings)
-        terminal.show_keys(Console(highlight=False), infos, keys if text else ())
+        session.show(
+            [plain(each) | {"reason": each.reason} for each in infos],
+            lambda: terminal.show_keys(Console(highlight=False), infos, keys if text else ()),
+        )
 
 
 def _number(key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -12,23 +13,19 @@ from rich.markup import escape
 from psclient import admin
 from psclient.client import Client
 from psclient.tools import figures
-from psclient.tools.commands.shell import (
-    DEFAULT,
-    Servers,
-    app,
-    bar,
-    connected,
-)
+from psclient.tools.commands import completion
+from psclient.tools.commands.output import Output, plain
+from psclient.tools.commands.progress import bar
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
 
-Name = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.")]
-
-
+NewName = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.")]
 IncrementalOption = Annotated[
     str | None,
     typer.Option(
         help="Name of an earlier checkpoint: store only the changes since then. The new checkpoint"
-        " builds on the earlier one and cannot be restored without it."
+        " builds on the earlier one and cannot be restored without it.",
+        autocompletion=completion.checkpoints,
     ),
 ]
 BarrierOption = Annotated[
@@ -56,14 +53,14 @@ KeepOption = Annotated[
 ]
 
 
-@app.command()
+@command()
 def checkpoint(
-    name: Name,
+    session: Session,
+    name: NewName,
     incremental_from: IncrementalOption = None,
     until_barrier: BarrierOption = None,
     barrier_timeout: BarrierTimeoutOption = 600.0,
     keep: KeepOption = None,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Take a checkpoint of all tables while training continues.
 
@@ -77,32 +74,38 @@ def checkpoint(
         raise typer.BadParameter(
             "--incremental-from must be the name of a checkpoint, got an empty name"
         )
-    with connected(servers) as client, bar(f"checkpoint {name}") as show:
+    with session.client() as client, bar(f"checkpoint {name}") as show:
         done = admin.checkpoint(
             client,
             name,
             parent=incremental_from,
             until_barrier=until_barrier,
             barrier_timeout=barrier_timeout,
-            on_ready=lambda: typer.echo(
-                f"all shards wait for barrier {until_barrier}, at most {barrier_timeout:g} s",
-                err=True,
+            on_ready=lambda: session.note(
+                f"all shards wait for barrier {until_barrier}, at most {barrier_timeout:g} s"
             ),
             progress=show,
         )
-        typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
-        if keep is not None:
-            _print_deleted(admin.prune(client, keep), dry_run=False)
+        if session.output is Output.TEXT:  # at once: it is there even if the others stay
+            typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
+        deleted = [] if keep is None else admin.prune(client, keep)
+    shown = plain(done) | {"deleted": deleted}
+    session.show(shown, lambda: None if keep is None else _print_deleted(deleted, dry_run=False))
 
 
-@app.command()
-def checkpoints(servers: Servers = DEFAULT) -> None:
+@command()
+def checkpoints(session: Session) -> None:
     """List all checkpoints.
 
     If a checkpoint cannot be restored, the reason is printed below the list.
     """
-    with connected(servers) as client:
+    with session.client() as client:
         found = admin.checkpoints(client)
+    session.show(found, lambda: _print_checkpoints(found))
+
+
+def _print_checkpoints(found: Sequence[admin.CheckpointInfo]) -> None:
+    """Print checkpoints as a list, and below it why some cannot be restored."""
     lines = [
         (
             escape(each.name),
@@ -124,7 +127,13 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
 
 
 OptionalName = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Name of the checkpoint.",
+        show_default=False,
+        autocompletion=completion.checkpoints,
+    ),
 ]
 ReplaceOption = Annotated[
     bool,
@@ -155,14 +164,14 @@ IntoOption = Annotated[
 ]
 
 
-@app.command()
+@command()
 def restore(
+    session: Session,
     name: OptionalName = "",
     replace: ReplaceOption = False,
     abort: AbortOption = False,
     table: TableOption = None,
     into: IntoOption = None,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Restore all tables, or one table, from a checkpoint.
 
@@ -179,12 +188,14 @@ def restore(
         raise typer.BadParameter(
             "expected CHECKPOINT, or CHECKPOINT --table TABLE --into TABLE, or only --abort"
         )
-    with connected(servers) as client:
+    with session.client() as client:
         if abort:
             admin.abort_restore(client)
+            session.show({"checkpoint": None, "table": None, "rows": None}, lambda: None)
             return
         rows = _restore(client, name, table, into, replace=replace)
-    typer.echo(f"{name}: {rows:,} rows")
+    shown = {"checkpoint": name, "table": into, "rows": rows}
+    session.show(shown, lambda: typer.echo(f"{name}: {rows:,} rows"))
 
 
 def _restore(
@@ -207,36 +218,45 @@ DryRun = Annotated[
 ]
 
 
-@app.command()
+@command()
 def delete(
+    session: Session,
     names: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Names of the checkpoints.")
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Names of the checkpoints.",
+            autocompletion=completion.checkpoints,
+        ),
     ],
     dry_run: DryRun = False,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Delete the named checkpoints.
 
     Fails, and deletes nothing, if a checkpoint that is not named builds on one of them, or if one
     of them is being taken, verified, restored, analyzed or exported.
     """
-    with connected(servers) as client:
-        _print_deleted(admin.delete(client, *names, dry_run=dry_run), dry_run=dry_run)
+    with session.client() as client:
+        gone = admin.delete(client, *names, dry_run=dry_run)
+    shown = {"deleted": gone, "dry_run": dry_run}
+    session.show(shown, lambda: _print_deleted(gone, dry_run=dry_run))
 
 
-@app.command()
+@command()
 def prune(
+    session: Session,
     keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
     dry_run: DryRun = False,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Delete all checkpoints except the newest ones.
 
     Keeps the newest checkpoints, as many as --keep says, and the checkpoints that these build on.
     Incomplete and damaged checkpoints are not counted and not deleted.
     """
-    with connected(servers) as client:
-        _print_deleted(admin.prune(client, keep, dry_run=dry_run), dry_run=dry_run)
+    with session.client() as client:
+        gone = admin.prune(client, keep, dry_run=dry_run)
+    shown = {"deleted": gone, "dry_run": dry_run}
+    session.show(shown, lambda: _print_deleted(gone, dry_run=dry_run))
 
 
 def _print_deleted(names: list[str], *, dry_run: bool) -> None:

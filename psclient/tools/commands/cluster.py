@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import Annotated
 
@@ -18,16 +17,10 @@ from rich.text import Text
 from psclient.changes import Change
 from psclient.subscriber import CONTENTS, STARTS, Subscriber
 from psclient.tools import figures
-from psclient.tools.commands.shell import (
-    DEFAULT,
-    Exit,
-    Output,
-    OutputOption,
-    Servers,
-    addresses,
-    app,
-    reported,
-)
+from psclient.tools.commands import completion
+from psclient.tools.commands.exits import Exit
+from psclient.tools.commands.output import Output
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
 from psclient.tools.status import ShardStatus
 from psclient.tools.status import status as ask_shards
@@ -35,13 +28,12 @@ from psclient.tools.status import status as ask_shards
 STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
 
 
-@app.command()
+@command()
 def status(
-    output: OutputOption = Output.TABLE,
+    session: Session,
     timeout: Annotated[
         float, typer.Option(min=0.01, help="Maximum time to wait for each shard, in seconds.")
     ] = 5.0,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Show the state of every shard.
 
@@ -63,12 +55,8 @@ def status(
 
     Exit status: 0 if all shards are ready, 3 if a shard is unreachable, otherwise 1.
     """
-    with reported():
-        shards = ask_shards(addresses(servers), timeout=timeout)
-        if output is Output.JSON:
-            typer.echo(json.dumps([asdict(each) for each in shards], indent=1))
-        else:
-            _show_shards(shards)
+    shards = ask_shards(session.addresses, timeout=timeout)
+    session.show(shards, lambda: _show_shards(shards))
     if any(each.state == "unreachable" for each in shards):
         raise typer.Exit(Exit.UNREACHABLE)
     if not all(each.ready for each in shards):
@@ -153,7 +141,10 @@ def _duration(seconds: float | None) -> str:
 
 TableOption = Annotated[
     list[str] | None,
-    typer.Option(help="Show only changes of this table; may be repeated for several tables."),
+    typer.Option(
+        help="Show only changes of this table; may be repeated for several tables.",
+        autocompletion=completion.tables,
+    ),
 ]
 StartOption = Annotated[
     str,
@@ -186,14 +177,15 @@ ProgressOption = Annotated[
         "--progress", help="Also show the progress messages that shards send while nothing changes."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print each change as one line of JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The same as --output json.")]
 LimitOption = Annotated[
     int, typer.Option(min=0, help="Stop after this many changes; 0: do not stop.")
 ]
 
 
-@app.command()
+@command()
 def tail(
+    session: Session,
     table: TableOption = None,
     start: StartOption = "latest",
     content: ContentOption = "values",
@@ -202,17 +194,17 @@ def tail(
     progress: ProgressOption = False,
     as_json: JsonOption = False,
     limit: LimitOption = 0,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Print the changes of a cluster as they happen, one per line.
 
     Stop it with Ctrl-C.
     """
+    if as_json:
+        session.output = Output.JSON
     with (
-        reported(),
         suppress(KeyboardInterrupt),
         Subscriber(
-            addresses(servers),
+            session.addresses,
             tables=table or None,
             start=start,  # type: ignore[arg-type]
             content=content,  # type: ignore[arg-type]
@@ -220,17 +212,14 @@ def tail(
         ) as changes,
     ):
         shown = (each for each in changes if progress or each.kind != "progress")
-        _print_changes(islice(shown, limit or None), keys, as_json=as_json)
+        _print_changes(session, islice(shown, limit or None), keys)
 
 
-def _print_changes(changes: Iterable[Change], keys: int, *, as_json: bool) -> None:
+def _print_changes(session: Session, changes: Iterable[Change], keys: int) -> None:
     """Print each change as one line of text or JSON, with its first ``keys`` keys."""
     console = Console(highlight=False, soft_wrap=True)
     for change in changes:
-        if as_json:
-            print(json.dumps(_facts(change, keys)), flush=True)
-        else:
-            console.print(_line(change, keys))
+        session.line(_facts(change, keys), partial(console.print, _line(change, keys)))
 
 
 def _facts(change: Change, keys: int) -> dict[str, object]:

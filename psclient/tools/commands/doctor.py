@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -12,21 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from psclient.tools.commands.shell import DEFAULT, Exit, Servers, addresses, app, reported
+from psclient.tools.commands.exits import Exit
+from psclient.tools.commands.output import Output
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.doctor import Finding, examine
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-@app.command()
+@command()
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON list with one object per check.")
-    ] = False,
+    session: Session,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
     timeout: Annotated[
         float, typer.Option(min=0.01, help="Maximum time to wait for each shard, in seconds.")
     ] = 10.0,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Find out what is wrong with the cluster, and what to do.
 
@@ -37,12 +36,10 @@ def doctor(
     A warning means that something works, but not well. Exit status: 0 if there is no error, 3 if a
     shard is unreachable, otherwise 1.
     """
-    with reported():
-        found = examine(addresses(servers), timeout=timeout)
-        if as_json:
-            typer.echo(json.dumps([asdict(each) for each in found], indent=1))
-        else:
-            _show(found)
+    if as_json:
+        session.output = Output.JSON
+    found = examine(session.addresses, timeout=timeout)
+    session.show(found, lambda: _show(found))
     wrong = [each for each in found if each.state == "error"]
     if any(each.found.startswith("unreachable: ") for each in wrong):
         raise typer.Exit(Exit.UNREACHABLE)

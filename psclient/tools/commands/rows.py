@@ -12,16 +12,11 @@ from psclient import admin
 from psclient.client import Client
 from psclient.errors import CheckpointNotFound, InvalidArgument, TableNotFound
 from psclient.tools import export, importer, offline
-from psclient.tools.commands.shell import (
-    DEFAULT,
-    Exit,
-    Servers,
-    app,
-    bar,
-    connected,
-    reported,
-    summed,
-)
+from psclient.tools.commands import completion
+from psclient.tools.commands.exits import Exit
+from psclient.tools.commands.output import Output, plain
+from psclient.tools.commands.progress import bar, summed
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.journal import journal_of
 
 
@@ -42,7 +37,12 @@ KeysOption = Annotated[
 
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of a live table, or of a checkpoint.")
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of a live table, or of a checkpoint.",
+        autocompletion=completion.both,
+    ),
 ]
 OutOption = Annotated[
     Path,
@@ -97,8 +97,9 @@ PartsOption = Annotated[
 ]
 
 
-@app.command(name="export")
+@command("export")
 def export_(
+    session: Session,
     name: NameArgument,
     out: OutOption,
     table: TableOption = None,
@@ -110,7 +111,6 @@ def export_(
     rows: RowsOption = None,
     tensor: TensorOption = None,
     mode: ModeOption = None,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Write tables to files, as rows or as models.
 
@@ -142,34 +142,42 @@ def export_(
         "options": {key: value for key, value in given.items() if value is not None},
     }
     if checkpoint is not None:
-        with reported(), offline.opened(checkpoint) as (client, stored):
+        with offline.opened(checkpoint) as (client, stored):
             if name not in (known := admin.describe(client, stored).rows):
                 raise TableNotFound(
                     f"checkpoint {checkpoint} has no table {name!r}; it has {', '.join(known)}"
                 )
-            _export(client, name, out, checkpoint=stored, **options)
+            files = [_export(session, client, name, out, checkpoint=stored, **options)]
+        session.show({"files": files}, lambda: None)
         return
-    with connected(servers) as client:
+    with session.client() as client:
         if barrier is not None:
             told = f"all shards wait for the barrier {barrier}, at most 600 s"
-            with export.at_barrier(
-                client, barrier, on_ready=lambda: typer.echo(told, err=True)
-            ) as stored:
-                _export(client, name, out, checkpoint=stored, **options)
-            return
-        suffix = "" if parts else export.FORMATS[format].suffix
-        for each, held, path in _exports(client, name, table, out, suffix):
-            _export(client, each, path, checkpoint=held, **options)
+            with export.at_barrier(client, barrier, on_ready=lambda: session.note(told)) as stored:
+                files = [_export(session, client, name, out, checkpoint=stored, **options)]
+        else:
+            suffix = "" if parts else export.FORMATS[format].suffix
+            files = [
+                _export(session, client, each, path, checkpoint=held, **options)
+                for each, held, path in _exports(client, name, table, out, suffix)
+            ]
+    session.show({"files": files}, lambda: None)
 
 
-def _export(client: Client, table: str, path: Path, **options: Any) -> None:
-    """Export a table with a progress bar, and print its number of rows.
+def _export(
+    session: Session, client: Client, table: str, path: Path, **options: Any
+) -> dict[str, Any]:
+    """Export a table with a progress bar; print its number of rows at once, if as text.
 
     options  arguments of ``export.export``
+
+    Returns the table, the path and the number of rows, for JSON.
     """
     with bar(f"export {table}", unit="rows") as show:
         rows = export.export(client, table, path, progress=summed(show), **options)
-    typer.echo(f"{path}: {rows:,} rows")
+    if session.output is Output.TEXT:
+        typer.echo(f"{path}: {rows:,} rows")
+    return {"table": table, "path": path, "rows": rows}
 
 
 def _exports(
@@ -199,7 +207,12 @@ def _exports(
     return [(each, name, out / f"{each.replace('/', '%2F')}{suffix}") for each in tables]
 
 
-TargetArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Existing table to write to.")]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TABLE", help="Existing table to write to.", autocompletion=completion.tables
+    ),
+]
 PathArgument = Annotated[
     str,
     typer.Argument(
@@ -245,8 +258,9 @@ JournalOption = Annotated[
 ]
 
 
-@app.command(name="import")
+@command("import")
 def import_(
+    session: Session,
     table: TargetArgument,
     path: PathArgument = "",
     kind: KindOption = None,
@@ -255,7 +269,6 @@ def import_(
     dry_run: DryRunOption = False,
     parquet: ParquetOption = None,
     journal: JournalOption = None,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Import rows from files into an existing table.
 
@@ -276,7 +289,7 @@ def import_(
         raise typer.BadParameter(
             "expected TABLE PATH, with or without --from; or TABLE --parquet PATH"
         )
-    with connected(servers) as client:
+    with session.client() as client:
         source = importer.open_source(
             client,
             table,
@@ -286,9 +299,9 @@ def import_(
             offset=offset,
         )
         for note in source.notes:
-            typer.echo(f"note: {note}", err=True)
+            session.note(f"note: {note}")
         if dry_run:
-            _dry_run(table, source)
+            _dry_run(session, table, source)
             return
         record = journal_of(journal, source.id)
         begun = importer.resumed(client, source, record)
@@ -296,27 +309,34 @@ def import_(
             with bar(f"check {_last(path or parquet)}", unit="rows") as show:
                 importer.check(source, progress=show)
         elif begun != (0, 0):
-            typer.echo("note: an earlier import of these files is continued", err=True)
+            session.note("note: an earlier import of these files is continued")
         with bar(f"import {_last(path or parquet)}", unit="rows") as show:
             rows = importer.write(
                 client, source, progress=show, journal=record, begin=begun or (0, 0)
             )
-    typer.echo(f"{table}: {rows:,} rows")
+    session.show({"table": table, "rows": rows}, lambda: typer.echo(f"{table}: {rows:,} rows"))
 
 
-def _dry_run(table: str, source: importer.Source) -> None:
+def _dry_run(session: Session, table: str, source: importer.Source) -> None:
     """Count the rows of a source and print the result. Exits with status 1 if a row is refused."""
     with bar("check", unit="rows") as show:
         found = importer.count(source, progress=show)
-    files = f"{len(source.pieces):,} file" + ("" if len(source.pieces) == 1 else "s")
-    typer.echo(f"{table}: {found.rows:,} rows of dim {found.dim} in {files}")
-    typer.echo(f"duplicate keys: {found.duplicates:,}; the last row of each counts")
-    if found.first_duplicate:
-        typer.echo(f"  first: {found.first_duplicate}")
-    typer.echo(f"rows with NaN or infinity: {found.not_finite:,}")
+    shown = {"table": table, "files": len(source.pieces)} | plain(found)
+    session.show(shown, lambda: _print_found(shown))
     if found.first_not_finite:
-        typer.echo(f"  first: {found.first_not_finite}")
         raise typer.Exit(Exit.FAILED)
+
+
+def _print_found(found: dict[str, Any]) -> None:
+    """Print what a dry run found: the fields of importer.Found, the table, the number of files."""
+    files = f"{found['files']:,} file" + ("" if found["files"] == 1 else "s")
+    typer.echo(f"{found['table']}: {found['rows']:,} rows of dim {found['dim']} in {files}")
+    typer.echo(f"duplicate keys: {found['duplicates']:,}; the last row of each counts")
+    if found["first_duplicate"]:
+        typer.echo(f"  first: {found['first_duplicate']}")
+    typer.echo(f"rows with NaN or infinity: {found['not_finite']:,}")
+    if found["first_not_finite"]:
+        typer.echo(f"  first: {found['first_not_finite']}")
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

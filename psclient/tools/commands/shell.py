@@ -1,27 +1,30 @@
-"""Options, connection, exit statuses and progress bar of all psctl commands.
+"""What all psctl commands share: options, connection, output, errors.
 
-To add a command: decorate a function with ``app.command()`` in the file of its group. Run its body
-inside ``connected``, which turns errors into one line on stderr and an exit status. The first line
-of its docstring appears in the list of commands of ``psctl --help``.
+To add a command: decorate a function with ``command()`` in the file of its group. Its first
+parameter is a Session, the others are options and arguments of typer. The decorator adds the
+options in SHARED. The first line of the docstring appears in the list of commands of ``psctl
+--help``. Let the function compute first, and print what it found with ``Session.show`` last.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum, StrEnum
-from typing import Annotated, NoReturn
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
-from rich import filesize
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
 
 from psclient.addresses import checked_where, is_name
 from psclient.client import Client
-from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
-from psclient.tools.importer import ImportIncomplete
+from psclient.errors import InvalidArgument, PsError, Unavailable
+from psclient.tools.commands import exits, output
+from psclient.tools.commands.exits import Exit
+from psclient.tools.commands.output import Output
 from psclient.tools.status import status
 
 DEFAULT = "127.0.0.1:7000"
@@ -33,155 +36,179 @@ Servers = Annotated[
         " one NAME:PORT, if the DNS name has the addresses of all shards.",
     ),
 ]
-
-
-class Output(StrEnum):
-    """Formats in which a command can print its results."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
 OutputOption = Annotated[
-    Output, typer.Option(help="Format of the output: a table to read, or JSON.")
+    Output,
+    typer.Option(help="Format of the output: text to read, or JSON (see docs/psctl.md)."),
 ]
+SHARED: dict[str, tuple[Any, Any]] = {  # options of all commands: (annotation, default) by field
+    "output": (OutputOption, Output.TEXT),  # of Session
+    "servers": (Servers, DEFAULT),
+}
+WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy that typer has
 
 
-class Exit(IntEnum):
-    """Exit statuses, documented in ``psctl --help``."""
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One run of a command: how it reaches the cluster, and how it prints.
 
-    OK = 0
-    FAILED = 1
-    USAGE = 2  # set by click
-    UNREACHABLE = 3
-    INCOMPLETE = 4
-    INTERRUPTED = 130
+    servers  value of --servers
+    output   value of --output
+    """
+
+    servers: str
+    output: Output
+
+    @property
+    def addresses(self) -> str | list[str]:
+        """Return the value of --servers as ``Client`` takes it: one name, or addresses."""
+        listed = [each.strip() for each in self.servers.split(",")]
+        return listed[0] if len(listed) == 1 and is_name(listed[0]) else listed
+
+    @contextmanager
+    def client(self, timeout: float | None = None) -> Iterator[Client]:
+        """Connect to the shards and yield a client.
+
+        timeout  seconds for each call; None: the default of ``Client``
+
+        If a shard is unreachable at the start, this raises Unavailable within seconds. If it
+        becomes unreachable later, the client retries until its timeout, because a restore restarts
+        the shards.
+        """
+        try:
+            shards = checked_where(self.addresses)
+        except InvalidArgument as error:
+            raise typer.BadParameter(str(error), param_hint="--servers") from None
+        limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+        for each in status(shards, **limit):
+            if each.state == "unreachable":
+                raise Unavailable(f"shard {each.shard} is unreachable: {each.problem}")
+        with Client(shards, **limit) as client:
+            yield client
+
+    def show(self, data: Any, text: Callable[[], Any]) -> None:
+        """Print the result of the command: ``data`` as JSON, or text by calling ``text``."""
+        if self.output is Output.JSON:
+            output.print_json(data)
+        else:
+            text()
+
+    def line(self, data: Any, text: Callable[[], Any]) -> None:
+        """Print one of many results, at once: ``data`` as a line of JSON, or by ``text``."""
+        if self.output is Output.JSON:
+            output.print_line(data)
+        else:
+            text()
+
+    def note(self, text: str) -> None:
+        """Print a remark to stderr."""
+        output.print_note(text, self.output)
+
+    def confirm(self, question: str) -> None:
+        """Ask the user a question on stderr; end the command unless the answer is yes."""
+        if self.output is Output.JSON:
+            raise typer.BadParameter(f"--output json does not ask {question!r}: add --yes")
+        typer.confirm(question, abort=True, err=True)
+
+
+class Group(TyperGroup):
+    """The command psctl. Prints all errors about arguments as the other errors of psctl."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run psctl with the words ``args``, and end the process with an exit status.
+
+        The arguments are those of TyperGroup.main. ``standalone_mode=False`` returns the status.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        status = self._main(words, prog_name, complete_var, extra)
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+    def _main(
+        self, words: list[str], prog_name: str | None, variable: str | None, extra: dict[str, Any]
+    ) -> int:
+        """Run psctl; return its exit status. The arguments are those of ``main``."""
+        form = output.asked(words)
+        try:
+            done = super().main(words, prog_name, variable, standalone_mode=False, **extra)
+        except WrongUsage as error:
+            if form is Output.TEXT:
+                error.show()  # type: ignore[attr-defined]
+            else:
+                said = error.format_message()  # type: ignore[attr-defined]
+                output.print_error(error, said, Exit.USAGE, form)
+            return Exit.USAGE
+        except typer.Abort as error:
+            output.print_error(error, "aborted: nothing was changed", Exit.FAILED, form)
+            return Exit.FAILED
+        return int(done or Exit.OK)
 
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
-@app.callback()
+@app.callback(
+    help="Operate a parameter-server cluster: tables, checkpoints, files, analyses."
+    f"\n\n\b\nExit status:\n{exits.listed()}"
+)
 def _group() -> None:
-    """Operate a parameter-server cluster: tables, checkpoints, files, analyses.
+    """Do nothing before the command."""
 
-    \b
-    Exit status:
-      0    success
-      1    refused or failed; one line on stderr gives the reason
-      2    invalid arguments
-      3    a server is unreachable, or did not answer in time
-      4    incomplete: part of the work was done and stays; repeat the command
-      130  interrupted by Ctrl-C
+
+def command(
+    name: str | None = None, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to psctl, as a command. Its first parameter is a Session.
+
+    name      name of the command; None: the name of the function
+    settings  arguments of ``typer.Typer.command``
     """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(each, keyword, default=default, annotation=kind)
+            for each, (kind, default) in SHARED.items()
+        ]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            session = Session(**{each: values.pop(each) for each in SHARED})
+            with reported(session):
+                function(session, **values)
+
+        signature = inspect.Signature([*own, *shared])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+        app.command(name, **settings)(run)
+        return function
+
+    return add
 
 
 @contextmanager
-def connected(servers: str) -> Iterator[Client]:
-    """Connect to the shards and yield a client. Report errors in the block as ``reported`` does.
-
-    servers  value of --servers
-
-    If a shard is unreachable at the start, the command fails within seconds. If it becomes
-    unreachable later, the client retries until its timeout, because a restore restarts the shards.
-    """
-    try:
-        shards = checked_where(addresses(servers))
-    except InvalidArgument as error:
-        raise typer.BadParameter(str(error), param_hint="--servers") from None
-    for each in status(shards):
-        if each.state == "unreachable":
-            fail(f"shard {each.shard} is unreachable: {each.problem}", Exit.UNREACHABLE)
-    with reported(), Client(shards) as client:
-        yield client
-
-
-def addresses(servers: str) -> str | list[str]:
-    """Return the value of --servers as ``Client`` takes it: one name, or a list of addresses."""
-    listed = [each.strip() for each in servers.split(",")]
-    return listed[0] if len(listed) == 1 and is_name(listed[0]) else listed
-
-
-@contextmanager
-def reported() -> Iterator[None]:
+def reported(session: Session) -> Iterator[None]:
     """Turn an error in the block into one line on stderr and an exit status; end the process."""
     try:
         yield
     except BrokenPipeError:
         raise
-    except KeyboardInterrupt:
-        fail("interrupted", Exit.INTERRUPTED)
-    except (PsError, OSError) as error:
-        fail(str(error), _status(error))
-
-
-def fail(message: str, status: Exit) -> NoReturn:
-    """Print one line to stderr and exit with ``status``."""
-    typer.echo(f"psctl: {' '.join(message.split())}", err=True)
-    raise typer.Exit(status) from None
-
-
-def _status(error: Exception) -> Exit:
-    """Return the exit status for an error."""
-    if isinstance(error, ImportIncomplete):
-        return Exit.INCOMPLETE
-    if isinstance(error, (Unavailable, DeadlineExceeded)):
-        return Exit.UNREACHABLE
-    return Exit.FAILED
-
-
-# ---- progress
-
-
-@contextmanager
-def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr, if it is a terminal.
-
-    what  text before the bar
-    unit  unit of the numbers: "bytes", or a word such as "rows"
-
-    Yields a function show(done, total) that updates the bar. If ``total`` is 0, it is unknown.
-    """
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[amount]}"),
-    )
-    start, console = time.monotonic(), Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None, amount="")
-
-        def show(done: int, total: int) -> None:
-            amount = _amount(done, total, unit, time.monotonic() - start)
-            total = max(done, total, 1) if total else 0
-            progress.update(task, completed=done, total=total or None, amount=amount)
-
-        yield show
-        progress.update(task, completed=1, total=1)  # full, even if nothing was reported
-
-
-def _amount(done: int, total: int, unit: str, seconds: float) -> str:
-    """Format an amount and its average speed: "12 MB of 30 MB, 3 MB/s" or "12 rows, 3 rows/s"."""
-    speed = int(done / seconds) if seconds else 0
-    if unit != "bytes":
-        return f"{done:,} {unit}, {speed:,} {unit}/s"
-    whole = f" of {filesize.decimal(total)}" if total > done else ""
-    return f"{filesize.decimal(done)}{whole}, {filesize.decimal(speed)}/s"
-
-
-def summed(show: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Return a function that adds its argument to a sum and calls ``show(sum, 0)``."""
-    done = 0
-
-    def add(size: int) -> None:
-        nonlocal done
-        done += size
-        show(done, 0)
-
-    return add
+    except (KeyboardInterrupt, PsError, OSError) as error:
+        status = exits.exit_of(error)
+        text = "interrupted" if status is Exit.INTERRUPTED else str(error)
+        output.print_error(error, text, status, session.output)
+        raise typer.Exit(status) from None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -16,33 +14,29 @@ from psclient.client import Client
 from psclient.errors import TableNotFound
 from psclient.schema import TableInfo
 from psclient.tools import figures
-from psclient.tools.commands.shell import (
-    DEFAULT,
-    Output,
-    OutputOption,
-    Servers,
-    app,
-    connected,
-)
+from psclient.tools.commands.completion import TableName
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
 from psclient.tools.rules import parse_rule, parse_rules, rule_text
 from psclient.tools.summary import GPU
 
-Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
+NewName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
 
 
-@app.command()
-def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
+@command()
+def tables(session: Session) -> None:
     """List all tables, with their total sizes over all shards.
 
     A table that exists only on some shards is reported on stderr and not listed.
     """
-    with connected(servers) as client:
+    with session.client() as client:
         found, incomplete = client.list_tables(), client.incomplete_tables()
-    _warn_incomplete(incomplete)
-    if output is Output.JSON:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
-        return
+    _warn_incomplete(session, incomplete)
+    session.show(found, lambda: _print_tables(found))
+
+
+def _print_tables(found: Sequence[TableInfo]) -> None:
+    """Print tables as a list."""
     columns = ("table<", "dim", "optimizer<", "rows", "memory", "admission<", "eviction<")
     lines = [
         (
@@ -59,28 +53,29 @@ def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> N
     print_listing(listing(*columns), lines)
 
 
-def _warn_incomplete(tables: Mapping[str, Sequence[int]]) -> None:
+def _warn_incomplete(session: Session, tables: Mapping[str, Sequence[int]]) -> None:
     """Warn on stderr about tables that exist only on some shards.
 
     tables  {name: numbers of the shards that have the table}
     """
     for name, shards in tables.items():
-        typer.echo(
+        session.note(
             f"psctl: table {name!r} exists only on shard {', '.join(map(str, shards))}, because a"
             " create, drop or restore was interrupted. Repeat that command to complete it (a"
-            f" restore with --replace), or delete the table with psctl drop {name}",
-            err=True,
+            f" restore with --replace), or delete the table with psctl drop {name}"
         )
 
 
-@app.command()
-def table(name: Name, output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
+@command()
+def table(session: Session, name: TableName) -> None:
     """Show all settings of a table, and its size on each shard."""
-    with connected(servers) as client:
+    with session.client() as client:
         info = client.describe_table(name)
-    if output is Output.JSON:
-        typer.echo(json.dumps(asdict(info), indent=1))
-        return
+    session.show(info, lambda: _print_table(info))
+
+
+def _print_table(info: TableInfo) -> None:
+    """Print the settings of a table, its size on each shard, and its tiers."""
     console, grid = Console(highlight=False), Table.grid(padding=(0, 2))
     for field, value in _fields(info):
         grid.add_row(f"[dim]{field}[/dim]", escape(value))
@@ -225,9 +220,10 @@ MaxStepAheadOption = Annotated[
 ]
 
 
-@app.command()
+@command()
 def create(
-    name: Name,
+    session: Session,
+    name: NewName,
     dim: DimOption,
     optimizer: OptimizerOption = "adagrad",
     lr: LrOption = None,
@@ -238,7 +234,6 @@ def create(
     admission: AdmissionOption = "always",
     eviction: EvictionOption = None,
     max_step_ahead: MaxStepAheadOption = 100_000_000,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Create a table on all shards.
 
@@ -251,7 +246,7 @@ def create(
     If the table exists with equal settings, nothing changes. If it exists with different settings,
     the command fails.
     """
-    with connected(servers) as client:
+    with session.client() as client:
         existed = any(each.name == name for each in client.list_tables())
         client.create_table(
             name,
@@ -267,6 +262,13 @@ def create(
             **_rule("admission", admission),
         )
         info = client.describe_table(name)
+    shown = {"table": name, "created": not existed, "counter_bytes": info.counter_bytes}
+    session.show(shown, lambda: _print_created(info, existed=existed))
+
+
+def _print_created(info: TableInfo, *, existed: bool) -> None:
+    """Print whether a table was created, and the memory of its sketch if it has one."""
+    name = info.name
     typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")
     if info.admission == "sketch":
         typer.echo(f"{name}: its sketch takes {figures.size(info.counter_bytes)} of server memory")
@@ -278,11 +280,11 @@ def _rule(field: str, text: str) -> dict[str, Any]:
     return {field: name, f"{field}_args": parameters}
 
 
-@app.command()
+@command()
 def drop(
-    name: Name,
+    session: Session,
+    name: TableName,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Delete a table and all its rows on all shards. Asks for confirmation.
 
@@ -291,12 +293,13 @@ def drop(
     \b
       psctl restore CHECKPOINT --table TABLE --into TABLE
     """
-    with connected(servers) as client:
-        rows = f"{_rows(client, name):,} rows"
+    with session.client() as client:
+        rows = _rows(client, name)
         if not yes:
-            typer.confirm(f"Delete table {name} with {rows}?", abort=True, err=True)
+            session.confirm(f"Delete table {name} with {rows:,} rows?")
         client.drop_table(name)
-    typer.echo(f"{name}: dropped, {rows} deleted")
+    shown = {"table": name, "rows": rows}
+    session.show(shown, lambda: typer.echo(f"{name}: dropped, {rows:,} rows deleted"))
 
 
 def _rows(client: Client, name: str) -> int:
@@ -307,24 +310,33 @@ def _rows(client: Client, name: str) -> int:
     return sum(each.stats.rows for each in found)
 
 
-@app.command()
+@command()
 def evict(
-    table: Name,
+    session: Session,
+    table: TableName,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count the rows that would be evicted; delete none.")
     ] = False,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Evict now the rows that a table's eviction rules select.
 
     The servers also evict these rows in the background, but later. Use this command to evict
     without waiting.
     """
-    with connected(servers) as client:
+    with session.client() as client:
         info = client.describe_table(table)
         evicted = client.evict(table, dry_run=dry_run)
+    shown = {"table": table, "rows_before": info.rows, "evicted": evicted, "dry_run": dry_run}
+    session.show(shown, lambda: _print_evicted(info, evicted, dry_run=dry_run))
+
+
+def _print_evicted(info: TableInfo, evicted: Mapping[str, int], *, dry_run: bool) -> None:
+    """Print how many rows were evicted, or would be, for each cause.
+
+    info  the table, before
+    """
     if not info.eviction:
-        typer.echo(f"{table}: no eviction rule; all {info.rows:,} rows stay")
+        typer.echo(f"{info.name}: no eviction rule; all {info.rows:,} rows stay")
         return
     shown = listing("cause<", "rows that would be evicted" if dry_run else "rows evicted", "share")
     lines = [
