@@ -28,7 +28,7 @@ from psserver.loops import post
 from psserver.security.audit import Audit
 from psserver.security.budgets import Budget
 from psserver.security.policy import KEPT, Policy, Principal
-from psserver.security.policyfile import LOOK_SECONDS, PolicyFile
+from psserver.security.policyfile import PolicyFile
 from psserver.security.verbs import ANY, LANE, METHODS
 
 AUTHORIZATION = "authorization"  # metadata with the bearer token
@@ -262,14 +262,10 @@ class Guard:
         if self._policy is not None:
             self._take_budgets(self._policy)
 
-    def open(self, seconds: float = LOOK_SECONDS) -> None:
-        """Follow changes of the policy file from now on.
-
-        seconds  between two looks at the file
-        """
+    def open(self) -> None:
+        """Follow changes of the policy file from now on."""
         if self.file is not None:
-            loop = asyncio.get_running_loop()
-            self.file.open(partial(post, loop, self.take), seconds)
+            self.file.open(partial(post, asyncio.get_running_loop(), self.take))
 
     def close(self) -> None:
         """Stop to follow the policy file, and close the audit log."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -31,6 +32,8 @@ class PolicyFile:
     failed  how often a changed file could not be taken
     """
 
+    look_seconds = LOOK_SECONDS
+
     def __init__(self, path: Path) -> None:
         """Read the file. Raises ConfigError if it is not a valid policy."""
         self.path = path
@@ -43,17 +46,11 @@ class PolicyFile:
             raise ConfigError(f"policy_file: {path}: {error}") from error
         self._problem = ""
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def open(self, take: Callable[[Policy], object], seconds: float = LOOK_SECONDS) -> None:
-        """Call ``take`` with each new policy from now on, on a thread.
-
-        seconds  between two looks at the file
-        """
-        self._thread = threading.Thread(
-            target=self._run, args=(take, seconds), name="policy", daemon=True
-        )
-        self._thread.start()
+    def open(self, take: Callable[[Policy], object]) -> None:
+        """Call ``take`` with each new policy from now on, on a thread."""
+        run = partial(self._run, take, self.look_seconds)
+        threading.Thread(target=run, name="policy", daemon=True).start()
 
     def close(self) -> None:
         """Stop the thread. Does not wait for a file system that hangs."""
