@@ -105,6 +105,8 @@ exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 regions.py       map the memory that clients of the same-host lane register
 lane.py          the same-host lane: streams over a Unix socket
+parts.py         the components of a shard whose figures are shown
+budgets.py       memory and disk space that have a limit, and their use
 livestatus.py    live figures of a shard, for displays
 info.py          what GetServerInfo, Diagnose and GetStatus report
 service.py       the gRPC methods of all services

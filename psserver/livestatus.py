@@ -1,27 +1,29 @@
 """Collect the live figures of a shard that GetStatus, the status page and `psctl top` show.
 
-They are read every second, from any thread and during the start, so they are counters and sizes
+They are read every second, from any thread and during the start. So they are counters and sizes
 that other threads keep: nothing here waits for the engine, or looks at rows.
 """
 
 from __future__ import annotations
 
 import heapq
+import os
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
-from psserver.checkpoints import Checkpoints
+from psserver.budgets import uses
 from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.engine import Engine
 from psserver.errors import Refused
 from psserver.feed import Feed
 from psserver.flusher import Flusher
-from psserver.lane import Lanes
+from psserver.parts import Parts
 from psserver.phase import Phases
 from psserver.shard import Shard
 from psserver.stats import Requests, ServiceStats
@@ -30,23 +32,8 @@ from storage.histogram import Histogram
 from storage.versionlog import VersionLog
 
 MOST_TABLES = 256  # maximum number of tables in a status
+TEXT = 256  # maximum length of a text, in characters
 TOGETHER = 16  # tables that are described without a pause for other threads
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """The components of a recovered shard whose figures are shown.
-
-    log, feed, flusher  None: the shard has no data directory
-    lanes               None: the server offers no same-host lane
-    """
-
-    shard: Shard
-    checkpoints: Checkpoints
-    log: VersionLog | None = None
-    feed: Feed | None = None
-    flusher: Flusher | None = None
-    lanes: Lanes | None = None
 
 
 class LiveStatus:
@@ -107,7 +94,7 @@ class LiveStatus:
             self._read_tables(parts.shard, most_tables, status)
             self._read_traffic(status)
             self._read_parts(parts, status)
-            status.budgets.extend(self._budgets(parts))
+        status.budgets.extend(self._budgets(parts))
         return status
 
     def _read_tables(self, shard: Shard, most: int, status: pb.GetStatusResponse) -> None:
@@ -116,6 +103,7 @@ class LiveStatus:
         sizes = [(shard.rows(name), name) for name in names]
         status.version, status.table_count = shard.version, len(names)
         status.rows = sum(rows for rows, _ in sizes)
+        status.damaged_blocks = sum(shard.checks.counts(name)[0] for name in names)
         traffic = self._by_table()
         for at, (_, name) in enumerate(heapq.nlargest(most, sizes)):
             try:
@@ -166,61 +154,84 @@ class LiveStatus:
         status.streams = self._stats.streams
         status.engine.waiting = self._engine.waiting
         status.engine.failures = self._engine.failures
+        status.engine.busy_seconds = self._engine.busy_seconds
+        status.engine.queue_wait.MergeFrom(_timing([self._engine.queue_wait]))
 
     def _read_parts(self, parts: Parts, status: pb.GetStatusResponse) -> None:
-        """Fill in the figures of log, subscriptions, flushes, checkpoints and lane."""
-        if (log := parts.log) is not None:
-            status.log.MergeFrom(
-                pb.LogStatus(
-                    written_version=log.written,
-                    durable_version=log.durable,
-                    first_version=log.first,
-                    bytes=sum(each.size for each in list(log.files.segments)),
-                    backlog_bytes=log.backlog,
-                )
-            )
-        if (feed := parts.feed) is not None:
-            versions, seconds = feed.lag
-            status.subscribers.MergeFrom(
-                pb.FeedStatus(
-                    subscribers=feed.subscribers,
-                    lag_versions=versions,
-                    lag_seconds=seconds,
-                    bytes=feed.bytes,
-                    messages=feed.messages,
-                )
-            )
-        if (flusher := parts.flusher) is not None:
-            status.storage.MergeFrom(
-                pb.StorageStatus(
-                    flush_age_seconds=time.monotonic() - flusher.flushed,
-                    flushes=flusher.rounds,
-                    flush_failure=flusher.failure[:256],
-                    work=parts.checkpoints.work.running,
-                )
-            )
+        """Fill in the figures of log, subscriptions, flushes, checkpoints, lane and GPU."""
+        if parts.log is not None:
+            status.log.MergeFrom(_log_status(parts.log))
+        if parts.feed is not None:
+            status.subscribers.MergeFrom(_feed_status(parts.feed))
+        if parts.flusher is not None:
+            status.storage.MergeFrom(_storage_status(parts, parts.flusher))
         if (lanes := parts.lanes) is not None:
             status.lanes.clients, status.lanes.bytes = lanes.clients, lanes.regions.bytes
+        if parts.shard.gpu is not None:
+            status.gpu_paused = parts.shard.gpu.paused
 
-    def _budgets(self, parts: Parts) -> list[pb.Budget]:
-        """Return the limited resources of the shard."""
-        config, shard, stats = self._config, parts.shard, self._stats
-        found = [
-            ("host_bytes", shard.budget.held, shard.budget.limit),
-            ("max_inflight_bytes", stats.inflight_bytes, config.max_inflight_bytes),
-            ("max_sessions", len(shard.sessions), config.max_sessions),
-            ("max_tables", len(shard.tables()), config.max_tables),
-            ("max_connections", self._connections.count, config.max_connections),
-        ]
-        if shard.gpu is not None:
-            found.append(("hbm_bytes", shard.gpu.budget.held, shard.gpu.budget.limit))
-        if parts.log is not None:
-            found.append(("log_backlog_bytes", parts.log.memory, config.memory.backlog))
-        if parts.feed is not None:
-            found.append(("max_subscribers", parts.feed.subscribers, config.max_subscribers))
-        if parts.lanes is not None:
-            found.append(("lane_bytes", parts.lanes.regions.bytes, config.lane_bytes))
-        return [pb.Budget(name=name, used=used, limit=limit) for name, used, limit in found]
+    def _budgets(self, parts: Parts | None) -> Iterator[pb.Budget]:
+        """Yield the limited resources of the server. May block while the disk hangs."""
+        config = self._config
+        for use in uses(config, self._stats, self._connections, parts):
+            yield pb.Budget(name=use.budget, used=use.used, limit=use.limit)
+        if config.data_dir is not None:
+            with suppress(OSError):
+                disk = os.statvfs(config.data_dir)
+                used, free = disk.f_blocks - disk.f_bfree, disk.f_bavail
+                yield pb.Budget(
+                    name="disk", used=used * disk.f_frsize, limit=(used + free) * disk.f_frsize
+                )
+        numbers = [("max_connections", self._connections.count, config.max_connections)]
+        if parts is not None:
+            numbers.append(("max_tables", len(parts.shard.tables()), config.max_tables))
+            numbers.append(("max_sessions", len(parts.shard.sessions), config.max_sessions))
+        if parts is not None and parts.feed is not None:
+            numbers.append(("max_subscribers", parts.feed.subscribers, config.max_subscribers))
+        for name, used, limit in numbers:
+            yield pb.Budget(name=name, used=used, limit=limit)
+
+
+def _log_status(log: VersionLog) -> pb.LogStatus:
+    return pb.LogStatus(
+        written_version=log.written,
+        durable_version=log.durable,
+        first_version=log.first,
+        bytes=sum(each.size for each in list(log.files.segments)),
+        backlog_bytes=log.backlog,
+        write=_timing([log.writes]),
+        fsync=_timing([log.syncs]),
+    )
+
+
+def _feed_status(feed: Feed) -> pb.FeedStatus:
+    versions, seconds = feed.lag
+    return pb.FeedStatus(
+        subscribers=feed.subscribers,
+        lag_versions=versions,
+        lag_seconds=seconds,
+        bytes=feed.bytes,
+        messages=feed.messages,
+    )
+
+
+def _storage_status(parts: Parts, flusher: Flusher) -> pb.StorageStatus:
+    """Return the figures of flushes, checkpoints and restores."""
+    timings, restore = parts.checkpoints.timings, parts.restores.running
+    status = pb.StorageStatus(
+        flush_age_seconds=time.monotonic() - flusher.flushed,
+        flushes=flusher.rounds,
+        flush_failure=flusher.failure[:TEXT],
+        flush=_timing([flusher.timings.durations]),
+        checkpoint_write=_timing([timings.durations]),
+        checkpoint_failures=timings.failures,
+        work=parts.checkpoints.work.running[:TEXT],
+    )
+    if timings.ended is not None:
+        status.checkpoint_age_seconds = max(time.time() - timings.ended, 0.0)
+    if restore is not None:
+        status.restore, status.restore_phase = restore
+    return status
 
 
 def _timing(some: Sequence[Histogram]) -> pb.Timing:

@@ -49,17 +49,20 @@ class Overview:
         self._fresh = max(FRESH_SECONDS, len(addresses) / SHARDS_PER_SECOND)
         self._figures: dict[str, Any] = {}  # of this shard
         self._read = float("-inf")  # monotonic time at which they were read
+        self._reading: asyncio.Task[None] | None = None
         self._document, self._made = b"", float("-inf")
         self._making: asyncio.Task[bytes] | None = None
         self._slots: asyncio.Semaphore | None = None
         self._lookups = Pool("host names", LOOKUPS)
+        self._reader = Pool("figures", 1)
 
-    def alone(self, tables: int = MOST_TABLES) -> bytes:
+    async def alone(self, tables: int = MOST_TABLES) -> bytes:
         """Return the document of this shard alone.
 
         tables  maximum number of tables in it
         """
-        return _encoded({"shard": self._shard, "shards": [self._entry(tables)]})
+        entry = await self._entry(tables)
+        return _encoded({"shard": self._shard, "shards": [entry]})
 
     async def all(self) -> bytes:
         """Return the document of all shards."""
@@ -81,31 +84,35 @@ class Overview:
         ]
         if asked:
             await asyncio.wait(asked, timeout=PATIENCE_SECONDS)
-        now = time.monotonic()
-        entries = [
-            self._entry(self._tables) if each.shard == self._shard else _shown(each, now)
-            for each in self._peers
-        ]
+        own, now = await self._entry(self._tables), time.monotonic()
+        entries = [own if each.shard == self._shard else _shown(each, now) for each in self._peers]
         if self._shard >= len(self._peers):  # not a shard of the cluster
-            entries.append(self._entry(self._tables))
+            entries.append(own)
         self._document = _encoded({"shard": self._shard, "shards": entries})
         self._made = time.monotonic()
         return self._document
 
-    def _entry(self, tables: int) -> dict[str, Any]:
+    async def _entry(self, tables: int) -> dict[str, Any]:
         """Return the entry of this shard, at most OWN_SECONDS old."""
         now = time.monotonic()
-        if now - self._read > OWN_SECONDS:
-            self._figures, self._read = plain(self._live.read()), now
+        if self._reading is None or (self._reading.done() and now - self._read > OWN_SECONDS):
+            self._reading = asyncio.create_task(self._read_own())
+        await asyncio.shield(self._reading)
         figures = {**self._figures, "tables": self._figures["tables"][:tables]}
         address = self._peers[self._shard].address if self._shard < len(self._peers) else ""
         return {
             "shard": self._shard,
             "address": address,
-            "age_seconds": now - self._read,
+            "age_seconds": max(now - self._read, 0.0),
             "problem": "",
             "status": figures,
         }
+
+    async def _read_own(self) -> None:
+        """Read the figures of this shard, on a thread: the disk may hang."""
+        loop = asyncio.get_running_loop()
+        figures = await loop.run_in_executor(self._reader, lambda: plain(self._live.read()))
+        self._figures, self._read = figures, time.monotonic()
 
 
 def _shown(peer: Peer, now: float) -> dict[str, Any]:

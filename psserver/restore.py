@@ -95,6 +95,12 @@ class Restores:
         state = self._state
         return state is not None and state.phase not in (PREPARED, *OVER)
 
+    @property
+    def running(self) -> tuple[str, str] | None:
+        """(Name of the checkpoint, phase) of the restore in progress; None: there is none."""
+        state = self._state
+        return None if state is None or state.phase in OVER else (state.name, state.phase)
+
     def prepare(
         self, request: pb.PrepareRestoreRequest, progress: Progress
     ) -> pb.CheckpointProgress:

@@ -31,9 +31,10 @@ from psserver.hostnames import host_of
 from psserver.info import ServerInfo
 from psserver.lane import Lanes
 from psserver.listener import Listener
-from psserver.livestatus import LiveStatus, Parts
+from psserver.livestatus import LiveStatus
 from psserver.metrics.registry import Metrics
 from psserver.overview import Overview
+from psserver.parts import Parts
 from psserver.phase import Phases
 from psserver.preloader import Preloader
 from psserver.restore import Restores
@@ -213,6 +214,7 @@ class Server:
         parts = Parts(
             shard=shard,
             checkpoints=checkpoints,
+            restores=restores,
             log=versions,
             feed=self._feed,
             flusher=flusher,

@@ -25,6 +25,7 @@ from psserver.livestatus import MOST_TABLES
 from psserver.overview import Overview
 from psserver.page.document import PAGE, POLICY
 from psserver.phase import Phases
+from psserver.pool import Pool
 from psserver.webmessages import NO_STORE, Request, Response, text
 
 LIVE_SECONDS = 4.0  # maximum time for the event loop of gRPC to show that it runs
@@ -51,6 +52,7 @@ class Site:
         names: Collection[str],
     ) -> None:
         self._scrape = make_wsgi_app(registry)
+        self._collecting = Pool("metrics", 1)
         self._overview = overview
         self._phases = phases
         self._loop = loop
@@ -97,11 +99,11 @@ class Site:
                 "400 Bad Request", f"expected shard=self or shard=all, and tables=0..{MOST_TABLES}"
             )
         alone = shard == "self"
-        body = self._overview.alone(tables) if alone else await self._overview.all()
+        body = await (self._overview.alone(tables) if alone else self._overview.all())
         return Response("200 OK", body, (("Content-Type", "application/json"), NO_STORE))
 
     async def _metrics(self, request: Request) -> Response:
-        """Answer /metrics. Blocks the thread while the metrics are collected."""
+        """Answer /metrics. A thread collects the metrics, because the disk may hang."""
         environ = {
             "REQUEST_METHOD": "GET",
             "PATH_INFO": request.path,
@@ -115,7 +117,9 @@ class Site:
             nonlocal status, headers
             status, headers = line, fields
 
-        body = b"".join(self._scrape(environ, start_response))
+        body = await asyncio.get_running_loop().run_in_executor(
+            self._collecting, lambda: b"".join(self._scrape(environ, start_response))
+        )
         return Response(status, body, tuple(headers))
 
     async def _livez(self, _: Request) -> Response:

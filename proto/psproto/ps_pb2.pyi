@@ -1077,7 +1077,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("release", "shard", "shards", "cluster", "advertise", "start", "time", "uptime_seconds", "phase", "phase_seconds", "version", "rows", "table_count", "tables", "methods", "errors", "recent_errors", "engine", "log", "subscribers", "storage", "budgets", "lanes", "streams", "cpu_seconds", "certificate_expires")
+    __slots__ = ("release", "shard", "shards", "cluster", "advertise", "start", "time", "uptime_seconds", "phase", "phase_seconds", "version", "rows", "table_count", "tables", "methods", "errors", "recent_errors", "engine", "log", "subscribers", "storage", "budgets", "lanes", "streams", "cpu_seconds", "certificate_expires", "gpu_paused", "damaged_blocks")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
@@ -1104,6 +1104,8 @@ class GetStatusResponse(_message.Message):
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    GPU_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shards: int
@@ -1130,7 +1132,9 @@ class GetStatusResponse(_message.Message):
     streams: int
     cpu_seconds: float
     certificate_expires: float
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., time: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., phase: _Optional[_Union[Phase, str]] = ..., phase_seconds: _Optional[float] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., table_count: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ..., recent_errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ..., engine: _Optional[_Union[EngineStatus, _Mapping]] = ..., log: _Optional[_Union[LogStatus, _Mapping]] = ..., subscribers: _Optional[_Union[FeedStatus, _Mapping]] = ..., storage: _Optional[_Union[StorageStatus, _Mapping]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., lanes: _Optional[_Union[LaneStatus, _Mapping]] = ..., streams: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., certificate_expires: _Optional[float] = ...) -> None: ...
+    gpu_paused: bool
+    damaged_blocks: int
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., time: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., phase: _Optional[_Union[Phase, str]] = ..., phase_seconds: _Optional[float] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., table_count: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ..., recent_errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ..., engine: _Optional[_Union[EngineStatus, _Mapping]] = ..., log: _Optional[_Union[LogStatus, _Mapping]] = ..., subscribers: _Optional[_Union[FeedStatus, _Mapping]] = ..., storage: _Optional[_Union[StorageStatus, _Mapping]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., lanes: _Optional[_Union[LaneStatus, _Mapping]] = ..., streams: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., certificate_expires: _Optional[float] = ..., gpu_paused: bool = ..., damaged_blocks: _Optional[int] = ...) -> None: ...
 
 class TableStatus(_message.Message):
     __slots__ = ("name", "rows", "bytes", "tiers", "requests", "pulled_keys", "pushed_keys", "damaged_blocks", "lost_rows")
@@ -1243,24 +1247,28 @@ class FeedStatus(_message.Message):
     def __init__(self, subscribers: _Optional[int] = ..., lag_versions: _Optional[int] = ..., lag_seconds: _Optional[float] = ..., bytes: _Optional[int] = ..., messages: _Optional[int] = ..., freshness: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class StorageStatus(_message.Message):
-    __slots__ = ("flush_age_seconds", "flushes", "flush_failure", "flush", "checkpoint_age_seconds", "checkpoint", "checkpoint_write", "work")
+    __slots__ = ("flush_age_seconds", "flushes", "flush_failure", "flush", "checkpoint_age_seconds", "checkpoint_write", "checkpoint_failures", "work", "restore", "restore_phase")
     FLUSH_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FLUSHES_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FAILURE_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_WRITE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FAILURES_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_PHASE_FIELD_NUMBER: _ClassVar[int]
     flush_age_seconds: float
     flushes: int
     flush_failure: str
     flush: Timing
     checkpoint_age_seconds: float
-    checkpoint: str
     checkpoint_write: Timing
+    checkpoint_failures: int
     work: str
-    def __init__(self, flush_age_seconds: _Optional[float] = ..., flushes: _Optional[int] = ..., flush_failure: _Optional[str] = ..., flush: _Optional[_Union[Timing, _Mapping]] = ..., checkpoint_age_seconds: _Optional[float] = ..., checkpoint: _Optional[str] = ..., checkpoint_write: _Optional[_Union[Timing, _Mapping]] = ..., work: _Optional[str] = ...) -> None: ...
+    restore: str
+    restore_phase: str
+    def __init__(self, flush_age_seconds: _Optional[float] = ..., flushes: _Optional[int] = ..., flush_failure: _Optional[str] = ..., flush: _Optional[_Union[Timing, _Mapping]] = ..., checkpoint_age_seconds: _Optional[float] = ..., checkpoint_write: _Optional[_Union[Timing, _Mapping]] = ..., checkpoint_failures: _Optional[int] = ..., work: _Optional[str] = ..., restore: _Optional[str] = ..., restore_phase: _Optional[str] = ...) -> None: ...
 
 class Budget(_message.Message):
     __slots__ = ("name", "used", "limit")

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from psserver.budgets import uses
 from psserver.config import ServerConfig
 from psserver.connections import Connections
-from psserver.livestatus import Parts
 from psserver.metrics.samples import gauge
+from psserver.parts import Parts
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
 from storage.gpu.gpu import PINNED_BYTES, Gpu
-
-STATM = Path("/proc/self/statm")  # sizes of this process in pages; the second is the resident size
-
-
-class Use(NamedTuple):
-    """A limited resource: its name, the bytes in use, and the limit."""
-
-    budget: str
-    used: int
-    limit: int
 
 
 class BudgetCollector(Collector):
@@ -38,7 +27,6 @@ class BudgetCollector(Collector):
 
     def __init__(self, config: ServerConfig, stats: ServiceStats, connections: Connections) -> None:
         self._config = config
-        self._plan = config.memory
         self._stats = stats
         self._connections = connections
         self._parts: Parts | None = None
@@ -59,7 +47,7 @@ class BudgetCollector(Collector):
             "Bytes of each budget that are free; negative if it is exceeded.",
             labels=("budget",),
         )
-        for use in self._uses():
+        for use in uses(self._config, self._stats, self._connections, self._parts):
             limits.add_metric((use.budget,), use.limit)
             headroom.add_metric((use.budget,), use.limit - use.used)
         yield from (limits, headroom)
@@ -70,27 +58,6 @@ class BudgetCollector(Collector):
                 yield from _gpu(shard.gpu)
         if self._config.data_dir is not None:
             yield from _disk(self._config.data_dir)
-
-    def _uses(self) -> Iterator[Use]:
-        """Yield all resources that have a limit."""
-        config, plan = self._config, self._plan
-        with suppress(OSError):
-            yield Use("process", _resident(), plan.part)
-        yield Use("transport", self._connections.unfinished, plan.transport)
-        if self._parts is None:
-            return
-        shard, log, lanes = self._parts.shard, self._parts.log, self._parts.lanes
-        yield Use("host_bytes", shard.budget.held, shard.budget.limit)
-        yield Use("max_inflight_bytes", self._stats.inflight_bytes, config.max_inflight_bytes)
-        if shard.gpu is not None:
-            yield Use("hbm_bytes", shard.gpu.budget.held, shard.gpu.budget.limit)
-        if lanes is not None:
-            yield Use("lane_bytes", lanes.regions.bytes, config.lane_bytes)
-        if log is not None:
-            yield Use("log_backlog", log.memory, plan.backlog)
-            if config.disk_bytes:
-                with suppress(OSError):  # the base is closed
-                    yield Use("disk_bytes", shard.disk_bytes, config.disk_bytes)
 
     def _sizes(self, shard: Shard) -> Iterator[Metric]:
         """Yield version, sessions, and sizes in memory and on disk of the shard."""
@@ -119,11 +86,6 @@ class BudgetCollector(Collector):
                 "Size on disk of the base, the copy of all rows as of the last flush.",
                 shard.base_bytes,
             )
-
-
-def _resident() -> int:
-    """Return the resident memory of this process in bytes. Raises OSError."""
-    return int(STATM.read_bytes().split()[1]) * mmap.PAGESIZE
 
 
 def _disk(directory: Path) -> Iterator[Metric]:

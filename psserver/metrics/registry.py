@@ -7,7 +7,6 @@ from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.engine import Engine
-from psserver.livestatus import Parts
 from psserver.metrics.budgets import BudgetCollector
 from psserver.metrics.certificates import CertificateCollector, Expiries
 from psserver.metrics.connections import ConnectionCollector
@@ -21,6 +20,7 @@ from psserver.metrics.start import StartCollector
 from psserver.metrics.subscribers import FeedCollector
 from psserver.metrics.tables import TableCollector
 from psserver.metrics.traffic import TrafficCollector
+from psserver.parts import Parts
 from psserver.phase import Phases
 from psserver.scrubber import Scrubber
 from psserver.stats import ServiceStats

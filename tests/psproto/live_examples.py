@@ -42,8 +42,10 @@ STORAGE = pb.StorageStatus(
     flush_failure="disk full",
     flush=TIMING,
     checkpoint_age_seconds=0.0,
-    checkpoint="daily",
     checkpoint_write=TIMING,
+    checkpoint_failures=1,
+    restore="weekly",
+    restore_phase="held",
     work="it takes checkpoint 'hourly'",
 )
 BUDGET = pb.Budget(name="host_bytes", used=5, limit=1 << 30)
@@ -75,6 +77,8 @@ STATUS = pb.GetStatusResponse(
     streams=3,
     cpu_seconds=4.5,
     certificate_expires=1e9,
+    gpu_paused=True,
+    damaged_blocks=1,
 )
 LIVE: list[Message] = [
     *(TIMING, TABLE, METHOD, COUNT, RECENT, ENGINE, LOG, FEED, STORAGE, BUDGET, LANES),
