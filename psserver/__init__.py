@@ -78,6 +78,7 @@ position.py      a subscriber's position in a shard's history, and its token
 wanted.py        read the options of a subscription
 batches.py       collect changes that a subscriber gets together
 deltas.py        encode log records and rows as messages of a subscription
+freshness.py     measure when acknowledged pushes reach subscribers
 source.py        log, engine and threads that subscriptions share
 sender.py        write messages to one subscriber
 logtail.py       read the log, and encode it for one subscriber

@@ -360,6 +360,9 @@ class Exchanges:
             sent += size
             if pull.gpu_room is not None:
                 via = "cuda"
+        if self._feed is not None:
+            for pushed in done.pushes:
+                self._feed.acknowledged(pushed.version)
         method = METHODS[bool(exchange.pushes), bool(exchange.pulls)]
         stats.served(method, via, keys, received, sent, seconds)
 

@@ -24,6 +24,7 @@ from psserver.shard import Shard
 from psserver.source import Source
 from psserver.subscription import Subscription
 from psserver.wanted import Wanted, parse, read_wanted
+from storage.histogram import Histogram
 from storage.versionlog import VersionLog
 
 
@@ -74,6 +75,16 @@ class Feed:
         The result of the awaitable is the newest durable version.
         """
         return self.source.settled(version, level)
+
+    def acknowledged(self, version: int) -> None:
+        """Note that the push with this version is acknowledged now, for the freshness."""
+        if self.source.readers:
+            self.source.freshness.acknowledged(version)
+
+    @property
+    def freshness(self) -> Histogram:
+        """Seconds from the acknowledgement of each push until it was written to a subscriber."""
+        return self.source.freshness.seconds
 
     def drain(self) -> None:
         """End all subscriptions, because the server stops.

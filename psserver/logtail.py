@@ -31,6 +31,7 @@ class LogTail:
     gathering  monotonic time since which changes wait to be coalesced (merged); 0: none wait
     since      time when the oldest change in the last messages was applied, in seconds since 1970
     pending    approximate size of records in memory whose messages are not made yet, in bytes
+    pushes     versions of the pushes whose messages were all returned; the caller removes them
     """
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, position: Position) -> None:
@@ -45,6 +46,7 @@ class LogTail:
         self.gathering = 0.0
         self.since = 0.0
         self.pending = 0
+        self.pushes: list[int] = []
         self._source = source
         self._known_schema = source.shard.schema_of
         self._read: dict[int, TableSchema] = {}  # by number, of tables whose creation was read
@@ -166,6 +168,11 @@ class LogTail:
             self.since = batch.since_us / 1e6
             token = replace(self.position, version=batch.version).encode()
             yield from self._deltas.batch(batch, token, self.within)
+            self.pushes += [
+                each.version
+                for each in batch.changes
+                if isinstance(each.record, records.PushRecord)
+            ]
         self._move()
         self._batch = self._next_batch()
 

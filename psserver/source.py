@@ -13,6 +13,7 @@ from typing import TypeVar
 from psproto import ps_pb2 as pb
 from psserver.engine import Engine
 from psserver.errors import Draining
+from psserver.freshness import Freshness
 from psserver.loops import post
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
@@ -26,11 +27,12 @@ Result = TypeVar("Result")
 class Source:
     """Gives subscriptions access to the shard's log and rows, and wakes them for new changes.
 
-    boot      random number of this process, never 0
-    moved     event to wait for new changes: it is set when there are some, and a new event takes
-              its place
-    draining  True while the server is stopping
-    readers   number of running subscriptions
+    boot       random number of this process, never 0
+    moved      event to wait for new changes: it is set when there are some, and a new event takes
+               its place
+    draining   True while the server is stopping
+    readers    number of running subscriptions
+    freshness  measures when acknowledged pushes reach subscribers
     """
 
     def __init__(self, shard: Shard, engine: Engine, log: VersionLog) -> None:
@@ -42,6 +44,7 @@ class Source:
         self.moved = asyncio.Event()
         self.draining = False
         self.readers = 0
+        self.freshness = Freshness()
         # futures that ``_logged`` waits for, by its arguments
         self._awaited: dict[tuple[int, bool], set[asyncio.Future[None]]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "feed")

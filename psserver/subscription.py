@@ -50,6 +50,7 @@ class Subscription:
         """
         self.sender = Sender(position, write, count)
         self._source = source
+        self._began = source.shard.version
         self._wanted = wanted
         self._deltas = Deltas(wanted, lambda: source.log.durable, source.log.history)
 
@@ -98,6 +99,7 @@ class Subscription:
                 sender.since = tail.since or float("inf")
                 await sender.send(messages, PATIENCE if tail.pending > LARGE_BYTES else None)
                 sender.since, tail.since = float("inf"), 0.0
+            self._measure(tail)
             sender.position = tail.position
             if messages:
                 idle = time.monotonic()
@@ -111,6 +113,15 @@ class Subscription:
             if late and not flush:
                 await sender.send([tail.progress()])
                 idle = time.monotonic()
+
+    def _measure(self, tail: LogTail) -> None:
+        """Count the freshness of the pushes that are written now, unless they were made before the
+        subscription began.
+        """
+        pushes, tail.pushes = tail.pushes, []
+        if pushes:
+            new = [version for version in pushes if version > self._began]
+            self._source.freshness.written(new)
 
 
 def _rescanned(position: Position) -> Position:

@@ -8,7 +8,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from psserver.feed import Feed
-from psserver.metrics.samples import counter, gauge
+from psserver.metrics.samples import counter, gauge, histogram
 
 
 class FeedCollector(Collector):
@@ -33,3 +33,8 @@ class FeedCollector(Collector):
         )
         yield counter("ps_subscriber_bytes", "Bytes sent to subscribers.", feed.bytes)
         yield counter("ps_subscriber_messages", "Messages sent to subscribers.", feed.messages)
+        yield histogram(
+            "ps_freshness_seconds",
+            "Time from the acknowledgement of a push until its change was written to a subscriber.",
+            feed.freshness,
+        )

@@ -15,6 +15,13 @@ from storage.histogram import SHORT
 
 BY_TABLE = ("table", "method")
 BY_LANE = ("method", "lane")
+# Errors that alerts look for: they are exposed from the start, because Prometheus sees no increase
+# in a series that begins with its first error.
+ALERTED = {
+    (method, "RESOURCE_EXHAUSTED", reason): 0
+    for method in ("Pull", "Push", "Exchange", "Stream", "Lane")
+    for reason in ("DISK_FULL", "OUT_OF_MEMORY", "OVERLOADED", "BUDGET_EXCEEDED")
+}
 
 
 class TrafficCollector(Collector):
@@ -36,7 +43,7 @@ class TrafficCollector(Collector):
         yield from self._by_table()
         yield from self._by_clients()
         errors = counter("ps_errors", "Requests that failed.", labels=("method", "code", "reason"))
-        for what, count in list(self._stats.errors.items()):
+        for what, count in (ALERTED | self._stats.errors).items():
             errors.add_metric(what, count)
         yield errors
         yield gauge("ps_streams", "Open client streams.", self._stats.streams)
