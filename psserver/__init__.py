@@ -91,6 +91,8 @@ peers.py         list the connections of the process, with their byte counts
 connections.py   close connections whose peers do not finish their messages
 warm.py          compile the kernels before they are needed
 datadir.py       lock, recover and close a shard's data directory
+security/pem.py          read certificates and private keys in the format PEM
+security/certificates.py  the server's TLS certificates, read again when their files change
 doctor.py        check whether the machine and the settings suit a server
 phase.py         what a server is doing, from its start to its stop
 limits.py        admit requests: memory in flight, restore, drain
@@ -134,7 +136,6 @@ overview.py      the figures of all shards
 webmessages.py   requests and responses of HTTP
 site.py          the pages of the HTTP port
 exposition.py    serve them, and limit what clients can occupy
-security/certificates.py  the server's TLS certificates, read again when their files change
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order
 logs.py          write log lines to stderr

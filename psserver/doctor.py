@@ -25,10 +25,13 @@ from numba.core import config as numba_config
 
 from psproto import RELEASE, cpu, kernelcache, routing
 from psproto.kernelcache import KernelCache
+from psserver.addresses import is_loopback
 from psserver.config import ServerConfig
 from psserver.datadir import OWNER, claim
 from psserver.errors import NotAShard
 from psserver.memory import BASE_BYTES, show
+from psserver.security.certificates import invalid_at, paths_of
+from psserver.security.certificates import load as load_certificates
 from psserver.unusable import ConfigError, unusable
 from psserver.warm import warm
 from storage.errors import StorageError
@@ -44,6 +47,8 @@ SLOW_SYNC, STUCK_SYNC = 0.05, 1.0  # seconds of a sync that are a warning, and a
 SLOW_NAME = 0.5  # seconds of a look-up of a name that are a warning
 LITTLE = 0.1  # part of the disk; a warning if less is free
 TIME_ERROR = 5  # result of adjtimex: the clock is not synchronized
+FEW_DAYS = 3  # days until a certificate expires that are a warning
+RENEW = "renew the certificate; the server reads the new files without a restart"
 WARM = "run psserver warm in the image, or as the server's user, with the same NUMBA_ variables"
 
 State = Literal["ok", "warning", "error"]
@@ -81,6 +86,7 @@ def examine(config: ServerConfig, *, running: bool, gpu: Gpu | None = None) -> l
         found.append(_gpu(config.hbm_bytes))
     if config.advertise:
         found.append(_name(config.advertise))
+    found.append(_tls(config))
     return [*found, _clock()]
 
 
@@ -242,6 +248,26 @@ def _disk(config: ServerConfig, directory: Path) -> Finding:
         advice = "lower disk_bytes or log_keep_bytes, or enlarge the disk"
         return Finding("disk", "warning", found, advice)
     return Finding("disk", "ok", found)
+
+
+def _tls(config: ServerConfig) -> Finding:
+    """Check that the files for TLS can be used, and do not expire soon."""
+    if not config.tls:
+        if is_loopback(config.host):
+            return Finding("TLS", "ok", f"off; only this machine reaches host={config.host}")
+        advice = "set tls_certificate, tls_key and tls_ca, unless you trust the whole network"
+        return Finding("TLS", "warning", "off: the traffic can be read and changed", advice)
+    try:
+        _, loaded = load_certificates(paths_of(config))
+    except ConfigError as error:
+        return Finding("TLS", "error", str(error), "correct the file")
+    if problem := invalid_at(loaded, time.time()):
+        return Finding("TLS", "error", f"tls_certificate: {problem}", RENEW)
+    days = (loaded.not_after - time.time()) / 86_400
+    found = f"the certificate is for {', '.join(loaded.names)}, and valid for {days:.1f} days"
+    if days < FEW_DAYS:
+        return Finding("TLS", "warning", found, RENEW)
+    return Finding("TLS", "ok", found)
 
 
 def _name(address: str) -> Finding:

@@ -45,12 +45,14 @@ class Listener:
 
     guard  finds out who calls, and what the caller may do
 
-    certificates  the TLS certificates in use, after ``listen``; None: the port is plaintext
+    certificates  the TLS certificates in use; None: the port is plaintext
+
+    Raises ConfigError if a certificate cannot be used.
     """
 
     def __init__(self, config: ServerConfig, guard: Guard) -> None:
         self._config = config
-        self.certificates: Certificates | None = None
+        self.certificates = Certificates(config) if config.tls else None
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
         surplus = NotAShard(config.shard, config.shards) if config.surplus else None
@@ -60,11 +62,9 @@ class Listener:
     async def listen(self) -> None:
         """Open the port and report that the shard is alive but not ready.
 
-        Raises ConfigError if the port or a certificate cannot be used.
+        Raises ConfigError if the port cannot be used.
         """
         config = self._config
-        if config.tls:
-            self.certificates = Certificates(config)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -87,6 +87,10 @@ class Listener:
         self._health.set(["liveness"], Status.SERVING)
         await self._server.start()
         self.connections.open()
+
+    def expiries(self) -> dict[str, float]:
+        """Return use of a certificate -> when it expires, in seconds since 1970; {} without TLS."""
+        return {} if self.certificates is None else self.certificates.expiries()
 
     def _bind(self) -> None:
         """Bind the port. Raises ConfigError with the reason if that fails."""

@@ -10,7 +10,7 @@ import heapq
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -41,6 +41,7 @@ class LiveStatus:
 
     phases       what the server is doing
     connections  client connections of gRPC
+    expiries     returns use of a certificate -> when it expires, in seconds since 1970
     start        random number of this start of the process
     """
 
@@ -51,6 +52,7 @@ class LiveStatus:
         stats: ServiceStats,
         engine: Engine,
         connections: Connections,
+        expiries: Callable[[], Mapping[str, float]],
     ) -> None:
         self.phases = phases
         self.start = 1 + secrets.randbits(63)
@@ -59,6 +61,7 @@ class LiveStatus:
         self._stats = stats
         self._engine = engine
         self._connections = connections
+        self._expiries = expiries
         self._parts: Parts | None = None
 
     @property
@@ -89,6 +92,7 @@ class LiveStatus:
             phase=phase,
             phase_seconds=seconds,
             cpu_seconds=time.process_time(),
+            certificate_expires=self._expiries().get("server", 0.0),
         )
         if parts is not None:
             self._read_tables(parts.shard, most_tables, status)

@@ -76,8 +76,12 @@ class Server:
         self._phases = Phases(pb.PHASE_NOT_A_SHARD if config.surplus else pb.PHASE_KERNELS)
         connections = self._listener.connections
         connections.counted = self._stats.count_clients
-        self._live = LiveStatus(config, self._phases, self._stats, self._engine, connections)
-        self._metrics = Metrics(config, self._phases, self._stats, connections)
+        self._live = LiveStatus(
+            config, self._phases, self._stats, self._engine, connections, self._listener.expiries
+        )
+        self._metrics = Metrics(
+            config, self._phases, self._stats, connections, self._listener.expiries
+        )
         self._exposition: Exposition | None = None
         self._gpu: Gpu | None = None
         self._data: DataDirectory | None = None

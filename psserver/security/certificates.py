@@ -16,8 +16,6 @@ from pathlib import Path
 
 import grpc
 import structlog
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from psproto import certfiles
 from psserver.config import ServerConfig
@@ -157,28 +155,24 @@ def load(paths: dict[str, Path]) -> tuple[certfiles.Signature, CertificateSet]:
         raise _unreadable(paths, error) from error
     chain, key, *rest = contents
     roots = rest[0] if rest else None
-    certificates = _parse("tls_certificate", paths, chain)
-    cas = [] if roots is None else _parse("tls_ca", paths, roots)
-    try:
-        private = load_pem_private_key(key, None)
-    except (ValueError, TypeError) as error:  # TypeError: it needs a password
+    from psserver.security import pem  # imports a large package, only if TLS is used
+
+    where = {field: f"{field}: {path}" for field, path in paths.items()}
+    certificates = pem.certificates(where["tls_certificate"], chain)
+    cas = [] if roots is None else pem.certificates(where["tls_ca"], roots)
+    if not pem.is_key_of(where["tls_key"], key, certificates[0]):
         raise ConfigError(
-            f"tls_key: {paths['tls_key']} must have one private key in PEM without a password:"
-            f" {error}"
-        ) from error
-    if private.public_key() != certificates[0].public_key():
-        raise ConfigError(
-            f"tls_key: {paths['tls_key']} is not the key of the first certificate in"
+            f"{where['tls_key']} is not the key of the first certificate in"
             f" {paths['tls_certificate']}"
         )
     return signature, CertificateSet(
         chain=chain,
         key=key,
         roots=roots,
-        roots_not_after=min(map(_end, cas), default=None),
-        not_before=max(each.not_valid_before_utc.timestamp() for each in certificates),
-        not_after=min(map(_end, certificates)),
-        names=_names(certificates[0]),
+        roots_not_after=min(map(pem.end, cas), default=None),
+        not_before=max(map(pem.begin, certificates)),
+        not_after=min(map(pem.end, certificates)),
+        names=pem.names(certificates[0]),
     )
 
 
@@ -200,31 +194,6 @@ def invalid_at(certificates: CertificateSet, now: float) -> str:
         begin = _date(certificates.not_before)
         return f"the certificate is valid only from {begin} on; check the clock"
     return ""
-
-
-def _parse(field: str, paths: dict[str, Path], data: bytes) -> list[x509.Certificate]:
-    """Return the certificates in the file of a setting. Raises ConfigError if it has none."""
-    try:
-        return x509.load_pem_x509_certificates(data)
-    except ValueError as error:
-        raise ConfigError(
-            f"{field}: {paths[field]} must have certificates in PEM: {error}"
-        ) from error
-
-
-def _end(certificate: x509.Certificate) -> float:
-    """Return when a certificate expires, in seconds since 1970."""
-    return certificate.not_valid_after_utc.timestamp()
-
-
-def _names(certificate: x509.Certificate) -> tuple[str, ...]:
-    """Return the names and addresses that a certificate is for."""
-    try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        return ()
-    names = found.get_values_for_type(x509.DNSName)
-    return (*names, *map(str, found.get_values_for_type(x509.IPAddress)))
 
 
 def _date(seconds: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from authority import HOUR, Authority, Mount, dates, expired
 from fault import disks
 from servers import environment
 
@@ -57,7 +58,7 @@ def test_a_good_machine_has_no_errors(tmp_path: Path) -> None:
     assert status == 0
     assert set(states(listed)) == {
         *("release", "number", "memory", "open files", "processor", "kernels"),
-        *("disk", "fsync", "data directory", "clock"),
+        *("disk", "fsync", "data directory", "TLS", "clock"),
     }
     assert states(listed)["kernels"] == "ok"
     assert all(bool(each["advice"]) is (each["state"] != "ok") for each in listed)
@@ -211,3 +212,21 @@ def test_a_clock_that_is_not_synchronized() -> None:
     assert doctor._clock(lambda: 0).state == "ok"
     assert doctor._clock(lambda: doctor.TIME_ERROR).state == "warning"
     assert 0 <= doctor._adjtimex() <= doctor.TIME_ERROR
+
+
+def test_certificates_that_are_missing_wrong_or_expire_soon(tmp_path: Path) -> None:
+    ca, mount = Authority(), Mount(tmp_path / "server")
+    assert found("TLS").state == "ok"
+    assert found("TLS", "--host", "0.0.0.0", "--plaintext").state == "warning"  # noqa: S104
+    one = found("TLS", *mount.flags)
+    assert (one.state, "tls_certificate: cannot read" in one.found) == ("error", True)
+    mount.put(ca.pem, ca.server("ps.test", **dates(-HOUR, 240 * HOUR)))
+    one = found("TLS", *mount.flags)
+    assert (one.state, one.found) == (
+        "ok",
+        "the certificate is for ps.test, and valid for 10.0 days",
+    )
+    mount.put(ca.pem, ca.server(**dates(-HOUR, 48 * HOUR)))
+    assert found("TLS", *mount.flags).state == "warning"
+    mount.put(ca.pem, ca.server(**expired()))
+    assert found("TLS", *mount.flags).state == "error"

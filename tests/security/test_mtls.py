@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from authority import Authority, Mount, expired, future
-from servers import Cluster, eventually
+from authority import HOUR, Authority, Mount, dates, expired, future
+from servers import Cluster, Labels, eventually
 
 from psclient import Client, Follower, Subscriber, Tls
 from psclient.aio import AsyncClient
@@ -45,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     server, client = Mount(directory / "server"), Mount(directory / "client")
     server.put(CA.pem, CA.server())
     client.put(CA.pem, CA.client())
-    cluster = Cluster(1, *server.flags).start()
+    cluster = Cluster(1, *server.flags, metrics=True).start()
     try:
         yield Site(cluster, server, client, directory)
     finally:
@@ -251,6 +253,23 @@ def handshake(site: Site, version: ssl.TLSVersion) -> str | None:
 
 
 # ---- certificates that change
+
+
+def test_metrics_and_status_have_the_time_at_which_certificates_expire(site: Site) -> None:
+    ends = dates(-HOUR, 5 * HOUR)
+    site.server.put(CA.pem, CA.server(**ends))
+    metrics = site.cluster.metrics(0)
+    found = {
+        use: metrics["ps_certificate_expiry_timestamp_seconds", Labels(certificate=use)]
+        for use in ("server", "ca")
+    }
+    assert found["server"] == pytest.approx(ends["not_after"].timestamp(), abs=1)
+    assert found["ca"] > found["server"]
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{site.cluster.metrics_port}/status.json"
+    ) as page:
+        status = json.loads(page.read())["shards"][0]["status"]
+    assert status["certificate_expires"] == found["server"]
 
 
 def test_garbage_in_the_secret_keeps_the_last_good_certificates(site: Site, name: str) -> None:
