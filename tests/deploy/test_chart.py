@@ -66,10 +66,11 @@ def test_helm_keeps_the_settings_of_old_pods_and_the_checkpoints() -> None:
 
 
 def test_alerts_are_about_the_claims_of_the_release() -> None:
-    rules = only(parse(charted(release="click", namespace="models")), "PrometheusRule")
+    options = ("--set", "checkpoints.name=saved")
+    rules = only(parse(charted(*options, release="click", namespace="models")), "PrometheusRule")
     text = json.dumps(rules["spec"])
-    assert text.count('namespace=\\"models\\", persistentvolumeclaim=~\\"data-click-.+') == 2
-    assert "data-ps-" not in text
+    assert text.count('namespace=\\"models\\", persistentvolumeclaim=\\"saved\\"') == 2
+    assert "ps-checkpoints" not in text
 
 
 def test_storage_classes_are_used() -> None:

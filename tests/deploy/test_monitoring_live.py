@@ -36,8 +36,13 @@ FLAGS = (
     *("--disk-bytes", str(40 * MIB)),
 )
 ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
-    "PsVolumeNearlyFull": "the metrics come from the kubelet of Kubernetes",
+    "PsCheckpointDiskLow": "the metrics come from the kubelet of Kubernetes",
+    "PsCertificateExpires": "needs certificates",
     "PsGpuPaused": "needs a GPU",
+    "GPU memory of tables A": "needs a GPU",
+    "Moves between GPU memory and host memory A": "needs a GPU",
+    "Moves between GPU memory and host memory B": "needs a GPU",
+    "GPU is not used for more rows A": "needs a GPU",
 }
 PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
 EXPRESSIONS = {

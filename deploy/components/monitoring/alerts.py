@@ -62,9 +62,9 @@ def _p99(histogram: str, window: str = "5m") -> str:
     return f"histogram_quantile(0.99, {buckets})"
 
 
-# The chart replaces the namespace, and the first part of the claims' names.
-CLAIMS = '{namespace="ps", persistentvolumeclaim=~"data-ps-.+"}'
-LATENCY = _p99("ps_request_seconds")
+# The claim for checkpoints. The chart replaces both names.
+CHECKPOINTS = '{namespace="ps", persistentvolumeclaim="ps-checkpoints"}'
+LATENCY = _p99("ps_request_duration_seconds")
 
 ALERTS = (
     Alert(
@@ -93,15 +93,32 @@ ALERTS = (
         "full disk",
     ),
     Alert(
-        "PsVolumeNearlyFull",
+        "PsDiskLow",
         "5m",
         False,
-        f"kubelet_volume_stats_available_bytes{CLAIMS}\n"
-        f"/ kubelet_volume_stats_capacity_bytes{CLAIMS}\n"
-        f"< {at.DISK_FREE}",
-        "The claim {{ $labels.persistentvolumeclaim }} has less than"
-        f" {100 * at.DISK_FREE:g} % free.",
+        f"ps_disk_free_bytes / ps_disk_size_bytes < {at.DISK_FREE}",
+        "Shard {{ $labels.shard }} has only {{ $value | humanizePercentage }} of its disk free.",
         "growing a claim",
+    ),
+    Alert(
+        "PsCheckpointDiskLow",
+        "5m",
+        False,
+        f"kubelet_volume_stats_available_bytes{CHECKPOINTS}\n"
+        f"/ kubelet_volume_stats_capacity_bytes{CHECKPOINTS}\n"
+        f"< {at.DISK_FREE}",
+        "The claim {{ $labels.persistentvolumeclaim }}, for checkpoints, has only"
+        " {{ $value | humanizePercentage }} free.",
+        "full disk",
+    ),
+    Alert(
+        "PsFsyncSlow",
+        "10m",
+        False,
+        f"{_p99('ps_log_fsync_duration_seconds')} > {at.FSYNC_SECONDS}",
+        "One of 100 syncs of the version log of shard {{ $labels.shard }} takes longer than"
+        " {{ $value | humanizeDuration }}.",
+        "slow disk",
     ),
     Alert(
         "PsOutOfMemory",
@@ -109,6 +126,16 @@ ALERTS = (
         True,
         _refused("OUT_OF_MEMORY"),
         "Shard {{ $labels.shard }} refuses pushes, because its tables have no memory left.",
+        "little memory",
+    ),
+    Alert(
+        "PsLittleMemory",
+        "5m",
+        False,
+        'ps_budget_headroom_bytes{budget="process"} / ps_budget_limit_bytes{budget="process"}'
+        f" < {at.MEMORY_HEADROOM}",
+        "Shard {{ $labels.shard }} has only {{ $value | humanizePercentage }} of its memory limit"
+        " free.",
         "little memory",
     ),
     Alert(
@@ -145,7 +172,7 @@ ALERTS = (
         "PsFlushOverdue",
         "5m",
         False,
-        f"ps_flush_age_seconds > {at.FLUSH_SECONDS}",
+        f"time() - ps_flush_timestamp_seconds > {at.FLUSH_SECONDS}",
         "The last flush of shard {{ $labels.shard }} was {{ $value | humanizeDuration }} ago, so a"
         " restart takes longer.",
         "overdue flush",
@@ -157,6 +184,15 @@ ALERTS = (
         f"ps_subscriber_lag_seconds > {at.SUBSCRIBER_LAG_SECONDS}",
         "A subscriber of shard {{ $labels.shard }} is {{ $value | humanizeDuration }} late.",
         "late subscriber",
+    ),
+    Alert(
+        "PsCertificateExpires",
+        "15m",
+        False,
+        f"ps_certificate_expiry_timestamp_seconds - time() < {at.CERTIFICATE_DAYS} * 86400",
+        "The certificate '{{ $labels.certificate }}' of shard {{ $labels.shard }} expires in"
+        " {{ $value | humanizeDuration }}.",
+        "expiring certificate",
     ),
     Alert(
         "PsGpuPaused",

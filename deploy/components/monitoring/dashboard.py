@@ -23,7 +23,7 @@ from deploy.components.monitoring.storing import STORING
 
 ORDER = (  # of the rows
     *("Overview", "Traffic", "Latency", "Engine", "Tiers", "Admission and eviction"),
-    *("Log and freshness", "Checkpoints", "Saturation"),
+    *("Log and freshness", "Checkpoints", "Saturation", "GPU"),
 )
 WIDTH, HEIGHT = 8, 8  # size of a panel, in units of Grafana's grid, which is 24 wide
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")

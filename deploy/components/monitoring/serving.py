@@ -15,6 +15,12 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
             {SHARD: of("ps_ready")},
         ),
         Panel(
+            "Phase",
+            "short",
+            "What each shard is doing, for example recovery or ready.",
+            {f"{SHARD} {{{{phase}}}}": f"{of('ps_phase')} == 1"},
+        ),
+        Panel(
             "Failed requests",
             "reqps",
             "Requests per second that the shards refused or could not serve, by reason. Clients"
@@ -52,11 +58,28 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
             Kind.STACKED,
         ),
         Panel(
+            "Size of requests and replies, 99th percentile",
+            "bytes",
+            "Size of the arrays of keys, rows and gradients in a message.",
+            {
+                "{{method}} request": quantile(0.99, "ps_request_size_bytes", "method"),
+                "{{method}} reply": quantile(0.99, "ps_response_size_bytes", "method"),
+            },
+        ),
+        Panel(
+            "Requests by lane",
+            "reqps",
+            "Messages per second, by the way that they take: unary and stream are gRPC, shm is"
+            " shared memory on the same host, cuda is GPU memory.",
+            {"{{lane}}": rate("ps_request_duration_seconds_count", "lane")},
+            Kind.STACKED,
+        ),
+        Panel(
             "Clients",
             "short",
-            "Open streams of clients, and clients that use the same-host lane (shared memory).",
+            "Open gRPC connections, and clients that use the same-host lane (shared memory).",
             {
-                f"streams, {SHARD}": of("ps_streams"),
+                f"gRPC, {SHARD}": of("ps_connections"),
                 f"lane, {SHARD}": of("ps_lane_clients"),
             },
         ),
@@ -68,36 +91,62 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
             "Time that a request takes on the shard, without the network: median and 99th"
             " percentile.",
             {
-                "{{method}} p50": quantile(0.5, "ps_request_seconds", "method"),
-                "{{method}} p99": quantile(0.99, "ps_request_seconds", "method"),
+                "{{method}} p50": quantile(0.5, "ps_request_duration_seconds", "method"),
+                "{{method}} p99": quantile(0.99, "ps_request_duration_seconds", "method"),
             },
         ),
         Panel(
             "Latency by shard, 99th percentile",
             "s",
             "A line far above the others is a slow shard, for which every training step waits.",
-            {SHARD: quantile(0.99, "ps_request_seconds", "shard")},
+            {SHARD: quantile(0.99, "ps_request_duration_seconds", "shard")},
         ),
         Panel(
-            "Latency by table, 99th percentile",
+            "Latency by lane, 99th percentile",
             "s",
-            "Time that a request for a table takes on the shard, without the network.",
-            {"{{table}}": quantile(0.99, "ps_request_seconds", "table")},
+            "Time that a request takes on the shard, by the way that its message takes.",
+            {"{{lane}}": quantile(0.99, "ps_request_duration_seconds", "lane")},
+        ),
+        Panel(
+            "Latency by number of clients, mean",
+            "s",
+            "Time that a request takes on the shard while that many clients are connected to it.",
+            {
+                "{{clients}} clients": rate("ps_clients_request_seconds_total", "clients")
+                + " / "
+                + rate("ps_clients_requests_total", "clients")
+            },
         ),
         Panel(
             "Distribution of latency",
             "s",
             "How many requests per second took how long. Two separate bands are two kinds of"
             " requests, for example those that waited for the disk.",
-            {"{{le}}": rate("ps_request_seconds_bucket", "le")},
+            {"{{le}}": rate("ps_request_duration_seconds_bucket", "le")},
             Kind.HEATMAP,
         ),
     ),
     "Engine": (
         Panel(
+            "Busy share of the engine",
+            "percentunit",
+            "Part of the time in which the engine works. The engine is the thread that reads and"
+            " writes all rows of a shard. Close to 100 %, the shard is at its limit.",
+            {SHARD: rate("ps_engine_busy_seconds_total", "shard")},
+        ),
+        Panel(
+            "Wait for the engine",
+            "s",
+            "Time that calls wait until the engine begins with them: median and 99th percentile.",
+            {
+                f"{SHARD} p50": quantile(0.5, "ps_engine_queue_wait_seconds", "shard"),
+                f"{SHARD} p99": quantile(0.99, "ps_engine_queue_wait_seconds", "shard"),
+            },
+        ),
+        Panel(
             "Calls that wait for the engine",
             "short",
-            "Calls that wait for the engine thread, which reads and writes all rows of a shard.",
+            "Number of calls that wait for the engine.",
             {SHARD: of("ps_engine_waiting")},
         ),
         Panel(
@@ -130,6 +179,12 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
             "short",
             "Keys that are counted, but have no row yet.",
             {"{{table}}": f"sum by (table) ({of('ps_waiting_keys')})"},
+        ),
+        Panel(
+            "Memory of admission counters",
+            "bytes",
+            "Memory of the counters of keys that have no row yet.",
+            {"{{table}}": f"sum by (table) ({of('ps_admission_bytes')})"},
         ),
         Panel(
             "Evicted rows",

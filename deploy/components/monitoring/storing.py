@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deploy.components.monitoring import thresholds
-from deploy.components.monitoring.panel import SHARD, Kind, Panel, of, quantile, rate
+from deploy.components.monitoring.panel import SHARD, Kind, Panel, mean, of, quantile, rate
 
 HITS = rate("ps_tier_hits_total", "table", 'tier="host"')
+PROCESS = 'budget="process"'
 MISSES = rate("ps_tier_misses_total", "table", 'tier="host"')
 
 STORING: Mapping[str, tuple[Panel, ...]] = {
@@ -63,6 +64,26 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
     ),
     "Log and freshness": (
         Panel(
+            "Bytes written to the log",
+            "Bps",
+            "Bytes of changes per second that are appended to the version log.",
+            {SHARD: rate("ps_log_written_bytes_total", "shard")},
+        ),
+        Panel(
+            "Writes to the log, 99th percentile",
+            "s",
+            "Duration of a write of waiting changes to the log's file, without the sync to disk.",
+            {SHARD: quantile(0.99, "ps_log_write_duration_seconds", "shard")},
+        ),
+        Panel(
+            "Syncs of the log to disk, 99th percentile",
+            "s",
+            "Duration of a sync (fsync). Pushes with durability fsync wait for it. The red line is"
+            " the threshold of an alert.",
+            {SHARD: quantile(0.99, "ps_log_fsync_duration_seconds", "shard")},
+            limit=thresholds.FSYNC_SECONDS,
+        ),
+        Panel(
             "Log records that wait for the disk",
             "bytes",
             "Bytes of the version log that are not written to the file yet.",
@@ -101,8 +122,46 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             "s",
             "A restart replays all changes since the last flush. The red line is the threshold of"
             " an alert.",
-            {SHARD: of("ps_flush_age_seconds")},
+            {SHARD: f"time() - {of('ps_flush_timestamp_seconds')}"},
             limit=thresholds.FLUSH_SECONDS,
+        ),
+        Panel(
+            "Duration of flushes",
+            "s",
+            "Mean time for writing the changed rows to the data directory.",
+            {SHARD: mean("ps_flush_duration_seconds", "shard")},
+        ),
+        Panel(
+            "Size of rows and log on disk",
+            "bytes",
+            "The rows as of the last flush (base), and the version log.",
+            {f"base, {SHARD}": of("ps_base_size_bytes"), f"log, {SHARD}": of("ps_log_size_bytes")},
+        ),
+        Panel(
+            "Age of the last checkpoint",
+            "s",
+            "Time since a shard completed its part of a checkpoint. No line: it has written none"
+            " since its start.",
+            {SHARD: f"time() - {of('ps_checkpoint_timestamp_seconds')}"},
+        ),
+        Panel(
+            "Duration of checkpoints",
+            "s",
+            "Mean time that a shard took to write its part of a checkpoint, over the last day.",
+            {
+                SHARD: f"sum by (shard) (increase({of('ps_checkpoint_duration_seconds_sum')}[1d]))"
+                f" / sum by (shard) (increase({of('ps_checkpoint_duration_seconds_count')}[1d]))"
+            },
+        ),
+        Panel(
+            "Failed flushes and checkpoints",
+            "short",
+            "Flushes and parts of checkpoints that failed, in the last hour. The log of the shard"
+            " says why.",
+            {
+                f"flushes, {SHARD}": f"increase({of('ps_flush_failures_total')}[1h])",
+                f"checkpoints, {SHARD}": f"increase({of('ps_checkpoint_failures_total')}[1h])",
+            },
         ),
         Panel(
             "Verified bytes",
@@ -113,17 +172,34 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
     ),
     "Saturation": (
         Panel(
-            "Memory of tables",
+            "Used part of each budget",
             "percentunit",
-            "Part of the memory for tables that is used. At 100 %, rows that are used rarely are"
-            " on disk only.",
-            {SHARD: f"{of('ps_memory_bytes')} / {of('ps_memory_budget_bytes')}"},
+            "The fullest shard of each budget (limit of memory or disk space): process is the"
+            " memory of the server, host_bytes that of tables. Tables may use all of host_bytes:"
+            " rows that are used rarely are then on disk only.",
+            {
+                "{{budget}}": f"max by (budget) (1 - {of('ps_budget_headroom_bytes')}"
+                f" / {of('ps_budget_limit_bytes')})"
+            },
         ),
         Panel(
-            "Memory of the process",
-            "bytes",
-            "Resident memory of the server.",
-            {SHARD: of("process_resident_memory_bytes")},
+            "Free memory of the server",
+            "percentunit",
+            "Free part of the memory limit. The red line is the threshold of an alert.",
+            {
+                SHARD: of("ps_budget_headroom_bytes", PROCESS)
+                + " / "
+                + of("ps_budget_limit_bytes", PROCESS)
+            },
+            limit=thresholds.MEMORY_HEADROOM,
+        ),
+        Panel(
+            "Free disk space",
+            "percentunit",
+            "Free part of the file system of the data directory. The red line is the threshold of"
+            " an alert.",
+            {SHARD: f"{of('ps_disk_free_bytes')} / {of('ps_disk_size_bytes')}"},
+            limit=thresholds.DISK_FREE,
         ),
         Panel(
             "CPU",
@@ -142,6 +218,30 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             "percentunit",
             "Part of the permitted open files and connections that are in use.",
             {SHARD: f"{of('process_open_fds')} / {of('process_max_fds')}"},
+        ),
+    ),
+    "GPU": (
+        Panel(
+            "GPU memory of tables",
+            "percentunit",
+            "Part of the GPU memory for tables (hbm_bytes) that is used. No line without a GPU.",
+            {SHARD: f"{of('ps_gpu_bytes')} / {of('ps_gpu_budget_bytes')}"},
+        ),
+        Panel(
+            "Moves between GPU memory and host memory",
+            "short",
+            "Rows per second that were moved to the GPU, and that left it. No line without a GPU.",
+            {
+                "to the GPU": rate("ps_gpu_promotions_total", "job"),
+                "to host memory": rate("ps_gpu_demotions_total", "job"),
+            },
+        ),
+        Panel(
+            "GPU is not used for more rows",
+            "short",
+            "1 while a shard moves no rows to its GPU, because the GPU has no memory left. No line"
+            " without a GPU.",
+            {SHARD: of("ps_gpu_paused")},
         ),
     ),
 }
