@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +60,8 @@ class Load:
         if self.errors:
             raise self.errors[0]
 
-    def _client(self, timeout: float = 60.0) -> Client:
-        return Client(self._addresses, timeout=timeout)
+    def _client(self, **options: Any) -> Client:
+        return Client(self._addresses, timeout=60, **options)
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -117,14 +117,12 @@ class Load:
                     return
 
     def _exceed(self) -> None:
-        """Do what shards refuse: too many bytes at a time, too large a table, an unknown table."""
-        with self._client() as client, ThreadPoolExecutor(8) as pool:
+        """Pull many rows without the same-host lane, and do what shards refuse."""
+        with self._client(lane="never") as client:
             user = client.table("user")
-            large = np.arange(60_000)
             sketch = {"expected_keys": 100_000_000}
             while not self._ended.wait(self._seconds / 4):
-                for _ in pool.map(lambda _: user.pull(large), range(8)):
-                    pass
+                user.pull(np.arange(60_000))
                 self._refused(
                     "OUT_OF_MEMORY",
                     lambda: client.create_table(
@@ -137,7 +135,7 @@ class Load:
         """Push new keys until the disk is full, then drop their table."""
         if self._ended.wait(self._seconds):
             return
-        with self._client(timeout=1.0) as client:
+        with self._client(retry_refused=False) as client:
             extra = client.create_table("extra", DIM)
             self._refused("DISK_FULL", lambda: self._push(extra, KEYS * 4))
         with self._client() as client:
