@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -389,3 +392,52 @@ def _served(client: Client) -> bool:
     before = channel._opened
     client.list_tables()
     return channel._opened is not before
+
+
+# ---- psctl
+
+
+def psctl(site: Site, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from psclient.tools.ctl import main; main()", *words],
+        env={**os.environ, "PSCTL_SERVERS": site.cluster.addresses[0], **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_psctl_takes_the_files_from_options_and_variables(site: Site) -> None:
+    tls = site.client.tls()
+    flags = ["--tls-ca", tls.ca, "--tls-certificate", tls.certificate, "--tls-key", tls.key]
+    done = psctl(site, "status", *flags)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ready" in done.stdout
+    variables = {
+        "PSCLIENT_TLS_CA": tls.ca,
+        "PSCLIENT_TLS_CERTIFICATE": tls.certificate,
+        "PSCLIENT_TLS_KEY": tls.key,
+        "PSCLIENT_TLS_NAME": "ps.test",
+    }
+    for command in ("doctor", "tables"):
+        done = psctl(site, command, **variables)
+        assert done.stderr == ""
+        assert "unreachable" not in done.stdout
+    done = psctl(site, "tables", "--tls-name", "a.test", "--output", "json", **variables)
+    assert done.returncode == 5
+    error = json.loads(done.stderr)["error"]
+    assert (error["type"], error["reason"]) == ("TlsError", "TLS_SERVER_NAME")
+    other = site.tls(OTHER, CA.client()).ca
+    done = psctl(site, "tables", "--output", "json", **{**variables, "PSCLIENT_TLS_CA": other})
+    error = json.loads(done.stderr)["error"]  # one line, without those of gRPC
+    assert error["reason"] == "TLS_SERVER_UNTRUSTED"
+
+
+def test_psctl_without_tls_is_told_so(site: Site) -> None:
+    done = psctl(site, "tables")
+    assert done.returncode == 5
+    assert "the server accepts only TLS, and this client uses none" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = psctl(site, "tables", "--tls-key", "/k")
+    assert done.returncode == 2
+    assert "ca is missing" in done.stderr

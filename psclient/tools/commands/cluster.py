@@ -55,7 +55,7 @@ def status(
 
     Exit status: 0 if all shards are ready, 3 if a shard is unreachable, otherwise 1.
     """
-    shards = ask_shards(session.addresses, timeout=timeout)
+    shards = ask_shards(session.addresses, timeout=timeout, access=session.access)
     session.show(shards, lambda: _show_shards(shards))
     if any(each.state == "unreachable" for each in shards):
         raise typer.Exit(Exit.UNREACHABLE)
@@ -209,6 +209,7 @@ def tail(
             start=start,  # type: ignore[arg-type]
             content=content,  # type: ignore[arg-type]
             coalesce_ms=coalesce_ms,
+            **session.security,
         ) as changes,
     ):
         shown = (each for each in changes if progress or each.kind != "progress")

@@ -38,7 +38,7 @@ def doctor(
     """
     if as_json:
         session.output = Output.JSON
-    found = examine(session.addresses, timeout=timeout)
+    found = examine(session.addresses, timeout=timeout, access=session.access)
     session.show(found, lambda: _show(found))
     wrong = [each for each in found if each.state == "error"]
     if any(each.found.startswith("unreachable: ") for each in wrong):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from psclient.errors import DeadlineExceeded, PermissionDenied, Unauthenticated, Unavailable
+from psclient.errors import (
+    DeadlineExceeded,
+    PermissionDenied,
+    TlsError,
+    Unauthenticated,
+    Unavailable,
+)
 from psclient.tools.importer import ImportIncomplete
 
 
@@ -31,6 +37,7 @@ STATUSES: dict[type[BaseException], Exit] = {  # any other error: FAILED
     ImportIncomplete: Exit.INCOMPLETE,
     Unavailable: Exit.UNREACHABLE,
     DeadlineExceeded: Exit.UNREACHABLE,
+    TlsError: Exit.NOT_PERMITTED,
     Unauthenticated: Exit.NOT_PERMITTED,
     PermissionDenied: Exit.NOT_PERMITTED,
     KeyboardInterrupt: Exit.INTERRUPTED,

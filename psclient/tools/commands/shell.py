@@ -12,21 +12,24 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
+from psclient.access import Access, Security
 from psclient.addresses import checked_where, is_name
 from psclient.client import Client
-from psclient.errors import InvalidArgument, PsError, Unavailable
+from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
+from psclient.tls import Tls
 from psclient.tools.commands import exits, output
 from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.output import Output
 from psclient.tools.status import status
 
+CHECK_SECONDS = 1.0  # time to find out why a server is not reached
 DEFAULT = "127.0.0.1:7000"
 Servers = Annotated[
     str,
@@ -40,9 +43,58 @@ OutputOption = Annotated[
     Output,
     typer.Option(help="Format of the output: text to read, or JSON (see docs/psctl.md)."),
 ]
+TlsCa = Annotated[
+    str,
+    typer.Option(
+        envvar="PSCLIENT_TLS_CA",
+        help="File with the certificates of the CAs that sign the servers' certificates, in PEM."
+        " With it, psctl uses TLS.",
+    ),
+]
+TlsCertificate = Annotated[
+    str,
+    typer.Option(
+        envvar="PSCLIENT_TLS_CERTIFICATE",
+        help="File with the certificate that tells the servers who you are, in PEM.",
+    ),
+]
+TlsKey = Annotated[
+    str,
+    typer.Option(
+        envvar="PSCLIENT_TLS_KEY",
+        help="File with the private key of --tls-certificate, in PEM and without a password.",
+    ),
+]
+TlsName = Annotated[
+    str,
+    typer.Option(
+        envvar="PSCLIENT_TLS_NAME",
+        help="Name that the servers' certificates must have, instead of the host in --servers.",
+    ),
+]
+TokenFile = Annotated[
+    str,
+    typer.Option(
+        envvar="PSCLIENT_TOKEN_FILE",
+        help="File with the token that tells the servers who you are.",
+    ),
+]
+TokenInPlaintext = Annotated[
+    bool,
+    typer.Option(
+        "--token-in-plaintext",
+        help="Send the token without TLS to other machines, where others may be able to read it.",
+    ),
+]
 SHARED: dict[str, tuple[Any, Any]] = {  # options of all commands: (annotation, default) by field
     "output": (OutputOption, Output.TEXT),  # of Session
     "servers": (Servers, DEFAULT),
+    "tls_ca": (TlsCa, ""),
+    "tls_certificate": (TlsCertificate, ""),
+    "tls_key": (TlsKey, ""),
+    "tls_name": (TlsName, ""),
+    "token_file": (TokenFile, ""),
+    "token_in_plaintext": (TokenInPlaintext, False),
 }
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy that typer has
 
@@ -51,12 +103,20 @@ WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the c
 class Session:
     """One run of a command: how it reaches the cluster, and how it prints.
 
-    servers  value of --servers
-    output   value of --output
+    servers             value of --servers
+    output              value of --output
+    tls_ca, tls_certificate, tls_key, tls_name, token_file, token_in_plaintext
+                        values of the options of these names; "": not given
     """
 
     servers: str
     output: Output
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_name: str = ""
+    token_file: str = ""
+    token_in_plaintext: bool = False
 
     @property
     def addresses(self) -> str | list[str]:
@@ -64,25 +124,48 @@ class Session:
         listed = [each.strip() for each in self.servers.split(",")]
         return listed[0] if len(listed) == 1 and is_name(listed[0]) else listed
 
+    @property
+    def security(self) -> Security:
+        """Return the arguments of ``Client`` for TLS and the token."""
+        given = self.tls_ca, self.tls_certificate, self.tls_key, self.tls_name
+        tls: Tls | Literal[False] = False
+        if any(given):
+            ca, certificate, key, name = given
+            try:
+                tls = Tls(ca=ca, certificate=certificate, key=key, name=name)
+            except InvalidArgument as error:
+                raise typer.BadParameter(str(error), param_hint="--tls-...") from None
+        return {
+            "tls": tls,
+            "token_file": self.token_file,
+            "token_in_plaintext": self.token_in_plaintext,
+        }
+
+    @property
+    def access(self) -> Access:
+        """Return how to connect to the servers."""
+        return Access(**self.security)
+
     @contextmanager
     def client(self, timeout: float | None = None) -> Iterator[Client]:
         """Connect to the shards and yield a client.
 
         timeout  seconds for each call; None: the default of ``Client``
 
-        If a shard is unreachable at the start, this raises Unavailable within seconds. If it
-        becomes unreachable later, the client retries until its timeout, because a restore restarts
-        the shards.
+        If a shard is unreachable at the start, this raises Unavailable or TlsError within seconds.
+        If it becomes unreachable later, the client retries until its timeout, because a restore
+        restarts the shards.
         """
         try:
             shards = checked_where(self.addresses)
         except InvalidArgument as error:
             raise typer.BadParameter(str(error), param_hint="--servers") from None
         limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        for each in status(shards, **limit):
-            if each.state == "unreachable":
-                raise Unavailable(f"shard {each.shard} is unreachable: {each.problem}")
-        with Client(shards, **limit) as client:
+        with Client(shards, **limit, **self.security) as client:
+            for each in status(shards, **limit, access=self.access):
+                if each.state == "unreachable":
+                    _require_credentials(shards, self.security)
+                    raise Unavailable(f"shard {each.shard} is unreachable: {each.problem}")
             yield client
 
     def show(self, data: Any, text: Callable[[], Any]) -> None:
@@ -108,6 +191,13 @@ class Session:
         if self.output is Output.JSON:
             raise typer.BadParameter(f"--output json does not ask {question!r}: add --yes")
         typer.confirm(question, abort=True, err=True)
+
+
+def _require_credentials(shards: str | list[str], security: Security) -> None:
+    """Raise the error of a shard that is reached, but does not accept the client's credentials."""
+    unreached = suppress(Unavailable, DeadlineExceeded)
+    with Client(shards, timeout=CHECK_SECONDS, **security) as client, unreached:
+        client._connect()
 
 
 class Group(TyperGroup):
