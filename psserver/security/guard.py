@@ -38,8 +38,8 @@ NO_CREDENTIALS = (
     " psctl send it with token_file), or a client certificate with a name in the policy"
 )
 NAMES = {  # property of gRPC's authentication context -> prefix of the names in a policy
-    "x509_uri": "uri",
-    "x509_dns": "dns",
+    "peer_uri": "uri",
+    "peer_dns": "dns",
     "x509_common_name": "cn",
 }
 

@@ -1,0 +1,180 @@
+"""Budgets of principals: requests and bytes per second, and bytes in flight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from secured import Secured, section
+
+from psclient import Client
+from psclient.errors import PermissionDenied, ResourceExhausted, Unauthenticated
+from psserver.errors import BudgetExceeded
+from psserver.security.budgets import LONGEST, Budget, Limit
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def refused(budget: Budget, size: int) -> BudgetExceeded:
+    with pytest.raises(BudgetExceeded) as caught:
+        budget.begin(size)
+    return caught.value
+
+
+class TestBudget:
+    def test_a_second_of_requests_may_come_at_once(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(requests=10), clock)
+        for _ in range(10):
+            budget.begin(1)
+        error = refused(budget, 1)
+        assert "principal 'p' exceeded: more than requests_per_second=10" in str(error)
+        assert error.retry_after == pytest.approx(0.01, abs=0.002)
+
+    def test_who_waits_as_asked_is_accepted(self, clock: Clock) -> None:
+        budget, accepted = Budget("p", Limit(requests=10), clock), 0
+        for _ in range(1000):
+            try:
+                budget.begin(1)
+                accepted += 1
+            except BudgetExceeded as error:
+                clock.now += error.retry_after or 0.0
+        assert accepted == pytest.approx(10 + (clock.now - 100) * 10, abs=2)
+
+    def test_a_message_may_be_larger_than_the_budget_of_a_second(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(bytes=1000), clock)
+        budget.begin(5000)
+        assert refused(budget, 1).retry_after == pytest.approx(4.0, abs=0.01)
+        clock.now += 4.01
+        budget.begin(1)
+
+    def test_replies_count(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(bytes=1000), clock)
+        budget.begin(1)
+        budget.add(1999)
+        budget.end(2000)
+        assert refused(budget, 1).retry_after == pytest.approx(1.0, abs=0.01)
+
+    def test_no_delay_is_longer_than_a_minute(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(bytes=1), clock)
+        budget.begin(1 << 30)
+        assert refused(budget, 1).retry_after == LONGEST
+
+    def test_bytes_in_flight_are_limited(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(inflight=100), clock)
+        budget.begin(500)  # alone
+        assert "500 bytes in flight + 1 requested > inflight_bytes=100" in str(refused(budget, 1))
+        budget.end(500)
+        budget.begin(60)
+        budget.begin(40)
+        refused(budget, 1)
+        assert budget.inflight == 100
+
+    def test_a_refused_request_costs_nothing(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(requests=1, bytes=10, inflight=1000), clock)
+        budget.begin(10)
+        for _ in range(100):
+            refused(budget, 10)
+        assert budget.inflight == 10
+        clock.now += 1.01
+        budget.begin(10)
+
+    def test_other_limits_hold_at_once(self, clock: Clock) -> None:
+        budget = Budget("p", Limit(requests=1), clock)
+        budget.begin(7)
+        refused(budget, 1)
+        budget.limit(Limit(requests=100))
+        budget.begin(1)
+        assert budget.inflight == 8
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    made = Secured(tmp_path_factory.mktemp("budgets"), section("ops", (["*"], ["*"]))).start()
+    yield made
+    made.stop()
+
+
+def connected(server: Secured, tmp_path: Path, who: str, transport: str, **more: Any) -> Client:
+    """A client with the token of a principal, in a file with a newline at its end."""
+    file = tmp_path / f"token-{who}"
+    file.write_text(f"{who}\n")
+    return Client(
+        [server.address],
+        timeout=60,
+        lane="never",
+        transport=transport,
+        token_file=str(file),
+        token_in_plaintext=True,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("transport", ["unary", "stream"])
+class TestClient:
+    def test_a_client_waits_for_its_budget(
+        self, server: Secured, tmp_path: Path, transport: str
+    ) -> None:
+        """Like after OVERLOADED: the calls take longer, and none fails."""
+        ops = section("ops", (["*"], ["*"]))
+        rights = (["pull", "create"], ["slow"])
+        server.change(ops + section(f"slow-{transport}", rights, requests_per_second=20))
+        with connected(server, tmp_path, f"slow-{transport}", transport) as client:
+            table = client.create_table("slow", dim=4, optimizer="sgd", lr=1.0)
+            began = time.monotonic()
+            for _ in range(50):
+                table.pull(np.arange(3))
+            assert time.monotonic() - began > 1.0
+        budget = server.server._guard._budgets[f"slow-{transport}"]
+        assert budget.inflight == 0
+
+    def test_a_client_that_does_not_repeat_sees_the_reason(
+        self, server: Secured, tmp_path: Path, transport: str
+    ) -> None:
+        who = f"hasty-{transport}"
+        rights = (["pull", "create"], ["slow"])
+        server.change(section("ops", (["*"], ["*"])) + section(who, rights, bytes_per_second=1000))
+        with connected(server, tmp_path, who, transport, retry_refused=False) as client:
+            table = client.create_table("slow", dim=4, optimizer="sgd", lr=1.0)
+            table.pull(np.arange(3000))
+            with pytest.raises(ResourceExhausted, match=f"budget of principal '{who}'") as caught:
+                table.pull(np.arange(3000))
+        assert caught.value.reason == "BUDGET_EXCEEDED"
+        assert caught.value.retry_after is not None
+
+    def test_errors_have_names_and_are_not_repeated(
+        self, server: Secured, tmp_path: Path, transport: str
+    ) -> None:
+        server.change(section("ops", (["*"], ["*"])) + section("reader", (["pull"], ["slow"])))
+        with connected(server, tmp_path, "ops", transport) as client:
+            client.create_table("slow", dim=4, optimizer="sgd", lr=1.0)
+            client.create_table("other", dim=4, optimizer="sgd", lr=1.0)
+        began = time.monotonic()
+        with connected(server, tmp_path, "reader", transport) as client:
+            keys = np.arange(3)
+            client.table("slow").pull(keys)
+            with pytest.raises(PermissionDenied, match="lacks the verb 'push' on table 'slow'"):
+                client.table("slow").push(keys, np.ones((3, 4), np.float32), step=1)
+            with pytest.raises(PermissionError, match="has no right on table 'other'"):
+                client.table("other")
+            client.table("slow").pull(keys)
+        with (
+            pytest.raises(Unauthenticated, match="no principal of the policy has this"),
+            connected(server, tmp_path, "stranger", transport) as client,
+        ):
+            client.table("slow")
+        assert time.monotonic() - began < 30
