@@ -1,0 +1,258 @@
+"""Send requests to a shard at a given rate, whether or not it keeps up. overload.py starts this.
+
+A process reads one Flood as a line of JSON from its standard input, sends its requests, and prints
+one line of JSON: what became of each request. Then it reads the next line.
+
+Requests arrive at random times (a Poisson process). Each has a deadline, counted from its intended
+arrival. They are encoded before the start and decoded only as far as needed, so that the generator
+takes little of the processor time that it shares with the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import uvloop
+from numpy.typing import NDArray
+
+from benchmarks.work import Work, keys_of, standard_work
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+TABLE, DIM, ROWS = "overload", 32, 200_000
+BATCHES = 16  # different requests, used in turn
+OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # a connection of its own
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+]
+STREAM = "/ps.v1.RowService/Stream"
+ANSWERED = b"\x12"  # tag of StreamResponse.exchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flood:
+    """Requests to send."""
+
+    address: str
+    rate: float  # requests per second
+    seconds: float
+    deadline: float  # seconds after the intended arrival
+    batch: int = 1000  # ids per request, as in the standard work
+    kind: str = "exchange"  # a push and a pull; "pull": a pull alone
+    connections: int = 2
+    streams: int = 4  # per connection; 0: unary calls
+    seed: int = 0
+
+
+@dataclass
+class Outcomes:
+    """What became of each request, in the order of arrival. Times are in monotonic seconds."""
+
+    intended: list[float]
+    answered: list[float]  # time of the answer; 0: none came
+    outcome: list[str]  # "served", "unsent", "lost" or the reason of an error
+    hint: list[float]  # seconds after which the server asks to retry; 0: it does not ask
+
+
+def messages(flood: Flood) -> list[bytes]:
+    """Return the encoded exchanges of a flood."""
+    work = Work(rows=ROWS, dim=DIM, batch=flood.batch, seed=flood.seed)
+    keys = keys_of(np.arange(ROWS)).view(np.uint64)
+    found = []
+    for _, distinct, gradients in standard_work(work, BATCHES):
+        pushed = np.ascontiguousarray(keys[distinct])
+        header = pb.PushHeader(table=TABLE)
+        push = codec.PushMessage(header, pushed, None, gradients.ravel())
+        pull = codec.PullMessage(pb.PullHeader(table=TABLE), pushed)
+        pushes = [push] if flood.kind == "exchange" else []
+        found.append(codec.encode_exchange(codec.Exchange(pushes, [pull])))
+    return found
+
+
+class _Run:
+    """The requests of one flood."""
+
+    def __init__(self, flood: Flood, contents: list[bytes]) -> None:
+        self._flood = flood
+        self._contents = contents
+        gaps = np.random.default_rng(flood.seed).exponential(
+            1 / flood.rate, max(int(flood.rate * flood.seconds), 1)
+        )
+        self._arrivals: NDArray[np.float64] = np.cumsum(gaps)
+        count = len(gaps)
+        self.found = Outcomes([], [0.0] * count, ["lost"] * count, [0.0] * count)
+
+    async def run(self) -> Outcomes:
+        """Send the requests; wait for the answers until the last deadline has passed."""
+        flood = self._flood
+        channels = [
+            grpc.aio.insecure_channel(flood.address, options=OPTIONS)
+            for _ in range(flood.connections)
+        ]
+        for channel in channels:
+            await channel.channel_ready()
+        lines: list[Any] = [
+            _Line(self, channel) for channel in channels for _ in range(max(flood.streams, 1))
+        ]
+        start = time.monotonic() + 0.05
+        self.found.intended = [start + float(at) for at in self._arrivals]
+        for number, at in enumerate(self.found.intended):
+            if (pause := at - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            elif not number % 32:
+                await asyncio.sleep(0)
+            lines[number % len(lines)].send(number)
+        end = self.found.intended[-1] + flood.deadline + 0.2
+        while time.monotonic() < end and "lost" in self.found.outcome:
+            await asyncio.sleep(0.05)
+        for line in lines:
+            line.close()
+        for channel in channels:
+            await channel.close()
+        return self.found
+
+    def left(self, number: int) -> float:
+        """Return the seconds until the deadline of a request."""
+        return self.found.intended[number] + self._flood.deadline - time.monotonic()
+
+    def content(self, number: int) -> bytes:
+        return self._contents[number % len(self._contents)]
+
+    @property
+    def unary(self) -> bool:
+        return not self._flood.streams
+
+    def served(self, number: int) -> None:
+        self.found.answered[number] = time.monotonic()
+        self.found.outcome[number] = "served"
+
+    def failed(self, number: int, status: pb.Status) -> None:
+        """Note an error that the server answered."""
+        self.found.answered[number] = time.monotonic()
+        reason, hint = str(status.code), 0.0
+        for detail in status.details:
+            if detail.type_url.endswith("ErrorInfo"):
+                reason = pb.ErrorInfo.FromString(detail.value).reason
+            elif detail.type_url.endswith("RetryInfo"):
+                delay = pb.RetryInfo.FromString(detail.value).retry_delay
+                hint = delay.seconds + delay.nanos / 1e9
+        self.found.outcome[number], self.found.hint[number] = reason, hint
+
+
+class _Line:
+    """One stream, or the unary calls on one connection."""
+
+    def __init__(self, run: _Run, channel: grpc.aio.Channel) -> None:
+        self._run = run
+        self._waiting: deque[int] = deque()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        if run.unary:
+            self._call = channel.unary_unary("/ps.v1.RowService/Exchange")
+        else:
+            self._stream: Any = channel.stream_stream(STREAM)()
+            self._start(self._write())
+            self._start(self._read())
+
+    def send(self, number: int) -> None:
+        """Send a request as soon as the connection takes it."""
+        if self._run.unary:
+            self._start(self._one(number))
+        else:
+            self._waiting.append(number)
+            self._wake.set()
+
+    def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _one(self, number: int) -> None:
+        run, left = self._run, self._run.left(number)
+        if left <= 0:
+            run.found.outcome[number] = "unsent"
+            return
+        try:
+            await self._call(run.content(number), timeout=left)
+            run.served(number)
+        except grpc.aio.AioRpcError as error:
+            details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
+            status = pb.Status.FromString(details) if details else pb.Status()
+            status.code = status.code or error.code().value[0]
+            run.failed(number, status)
+
+    async def _write(self) -> None:
+        run = self._run
+        while True:
+            while self._waiting:
+                number = self._waiting.popleft()
+                left = run.left(number)
+                if left <= 0:
+                    run.found.outcome[number] = "unsent"
+                    continue
+                head = pb.StreamRequestHeader(id=number + 1, timeout_ms=int(left * 1000) + 1)
+                await self._stream.write(_enveloped(head.SerializeToString(), run.content(number)))
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _read(self) -> None:
+        while (data := await self._stream.read()) is not grpc.aio.EOF:
+            number, at = _varint(data, 1)
+            if data[at : at + 1] == ANSWERED:
+                self._run.served(number - 1)
+            else:
+                self._run.failed(number - 1, pb.StreamResponse.FromString(data).error)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a varint that begins at an offset, and the offset after it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _enveloped(head: bytes, exchange: bytes) -> bytes:
+    """Return an encoded StreamRequest: fields 1 and 2 with their lengths."""
+    size, rest = bytearray(), len(exchange)
+    while rest > 127:
+        size.append(rest & 127 | 128)
+        rest >>= 7
+    size.append(rest)
+    return b"".join((b"\x0a", bytes([len(head)]), head, b"\x12", size, exchange))
+
+
+def main() -> None:
+    """Send floods until the standard input ends."""
+    print("ready", flush=True)
+    known: dict[tuple[int, str, int], list[bytes]] = {}
+    for line in sys.stdin:
+        flood = Flood(**json.loads(line))
+        kind = (flood.batch, flood.kind, flood.seed)
+        if kind not in known:
+            known[kind] = messages(flood)
+        if not flood.seconds:
+            print("{}", flush=True)
+            continue
+        print(json.dumps(asdict(uvloop.run(_Run(flood, known[kind]).run()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
