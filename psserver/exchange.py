@@ -137,23 +137,37 @@ class Exchanges:
         reservation  bytes in flight of the request and its reply
         actor        who calls
         """
-        start = time.perf_counter()
-        read = partial(self._read_delete, actor)
-        change = self._at_once(read, data, len(data))
-        if change is None:
-            change = await self._on_thread(read, data, reservation)
-        async with actor.recorded_rows(change.table, len(change.keys)):
-            try:
-                done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
-            except asyncio.CancelledError:
-                reservation.release_after(self._engine.submit(lambda: None))
-                raise
-            if self._feed is not None:
-                done.durable_version = await self._feed.settled(done.version, done.achieved)
+        start, over = time.perf_counter(), await self._turn(data, deadline, reservation)
+        begin, read = time.perf_counter(), partial(self._read_delete, actor)
+        try:
+            change = self._at_once(read, data, len(data))
+            if change is None:
+                change = await self._on_thread(read, data, reservation)
+            async with actor.recorded_rows(change.table, len(change.keys)):
+                work = self._engine.submit(lambda: self._shard.delete(change), deadline)
+                self._limits.turns.passed(work, len(data), time.perf_counter() - begin, over)
+                done = await self._finish_delete(work, reservation)
+        except BaseException:
+            if over is not None:
+                over.cancel()
+            raise
         seconds, keys, stats = time.perf_counter() - start, change.keys, self._limits.stats
         stats.used("Delete", change.table, len(keys), keys.nbytes)
         stats.served("Delete", "unary", len(keys), keys.nbytes, 0, seconds)
         return bytes(done.SerializeToString())
+
+    async def _finish_delete(
+        self, work: asyncio.Future[pb.DeleteResponse], reservation: Reservation
+    ) -> pb.DeleteResponse:
+        """Wait until a delete has run and is as durable as it requires; return its response."""
+        try:
+            done = await work
+        except asyncio.CancelledError:
+            reservation.release_after(self._engine.submit(lambda: None))
+            raise
+        if self._feed is not None:
+            done.durable_version = await self._feed.settled(done.version, done.achieved)
+        return done
 
     async def _exchange(
         self, decode: Decode, data: bytes, deadline: float, reservation: Reservation
@@ -165,12 +179,19 @@ class Exchanges:
         deadline     monotonic seconds; after it the exchange is not started
         reservation  bytes in flight of the message and its reply
         """
-        start = time.perf_counter()
-        read = self.read_at_once(decode, data, len(data))
-        if read is None:
-            read = await self.read_on_thread(decode, data, reservation)
-        begun = self.begin(read[1], start, deadline, reservation)
+        start, over = time.perf_counter(), await self._turn(data, deadline, reservation)
+        begin = time.perf_counter()
+        try:
+            read = self.read_at_once(decode, data, len(data))
+            if read is None:
+                read = await self.read_on_thread(decode, data, reservation)
+            begun = self.begin(read[1], start, deadline, reservation)
+        except BaseException:
+            if over is not None:
+                over.cancel()
+            raise
         del read
+        self._limits.turns.passed(begun[2], len(data), time.perf_counter() - begin, over)
         try:
             return await self.finish(begun)
         except asyncio.CancelledError:
@@ -178,6 +199,18 @@ class Exchanges:
             raise
         finally:
             del begun
+
+    async def _turn(
+        self, data: bytes, deadline: float, reservation: Reservation
+    ) -> asyncio.Future[None] | None:
+        """Wait for the turn of the request ``data`` of a unary call, if the server is busy.
+
+        Returns what ``Turns.passed`` needs. Raises Overloaded or DeadlinePassed.
+        """
+        turns, client = self._limits.turns, reservation.client
+        if client is None or (turns.free() and not client.blocked):
+            return None
+        return await turns.turn(client, len(data), deadline)
 
     def read_at_once(self, decode: Decode, data: Any, size: int) -> Read | None:
         """Decode and check a small message. Returns (header, exchange or error of the checks).

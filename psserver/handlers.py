@@ -134,8 +134,13 @@ class Handlers:
                 actor = guard.actor(path, context, peer)
                 limits.begin_call()
                 began = True
+                client = limits.client(peer) if arrays else None
                 reservation = limits.admit(
-                    size, arrays=arrays, during_restore=during_restore, budget=actor.budget
+                    size,
+                    client=client,
+                    arrays=arrays,
+                    during_restore=during_restore,
+                    budget=actor.budget,
                 )
                 answer = await method(data, deadline, reservation, actor)
                 task = asyncio.current_task()  # ends when the answer is sent

@@ -27,7 +27,8 @@ from psserver.regions import GpuRegion, Regions
 from psserver.security.budgets import Budget
 from psserver.security.guard import Actor, Guard, Proof
 from psserver.status import status_of
-from psserver.stream import Streams
+from psserver.stream import Head, Streams
+from psserver.turns import Client
 from psserver.unusable import ConfigError
 
 PIECE = 1 << 16  # maximum bytes that one call reads from a socket
@@ -203,6 +204,7 @@ class _Client:
         limits: Limits,
         watching: ExitStack,
     ) -> None:
+        self.client = Client()
         self._socket = connection
         self._fd = connection.fileno()
         self._loop = loop
@@ -287,8 +289,8 @@ class _Client:
     def size(self, message: pb.LaneRequest) -> int:
         return int(message.ByteSize()) + lanes.request_bytes(message)
 
-    def id(self, message: pb.LaneRequest) -> int:
-        return message.id
+    def head(self, message: pb.LaneRequest) -> Head:
+        return message
 
     def decode(
         self, message: pb.LaneRequest, budget: int

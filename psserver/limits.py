@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from weakref import WeakValueDictionary
 
 from psserver.config import ServerConfig
-from psserver.errors import Draining, Overloaded, Restoring, TooLarge
+from psserver.errors import Draining, Restoring, TooLarge
 from psserver.restore import Restores
 from psserver.security.budgets import Budget
 from psserver.stats import ServiceStats
+from psserver.turns import PARTS, Client, Turns
 
 CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 
@@ -21,13 +23,21 @@ CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 class Reservation:
     """Counts the bytes of one message and its reply as in flight, until ``release`` or ``end``.
 
+    client  the connection that sent the message; None: its bytes are not counted per connection
     budget  budget of the principal that sent the message; None: it has no limits
     """
 
-    __slots__ = ("_budget", "_handed_over", "_limits", "size")
+    __slots__ = ("_budget", "_handed_over", "_limits", "client", "size")
 
-    def __init__(self, limits: Limits, size: int, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        size: int,
+        client: Client | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._limits = limits
+        self.client = client
         self._budget = budget
         self._handed_over = False
         self.size = size
@@ -40,8 +50,7 @@ class Reservation:
         stats = self._limits.stats
         if stats.inflight_bytes > self.size:
             self._limits.require_room(more)
-        stats.inflight_bytes += more
-        self.size += more
+        self._count(more)
         if self._budget is not None:
             self._budget.add(more)
 
@@ -59,10 +68,9 @@ class Reservation:
 
     def end(self) -> None:
         """Release all bytes after ``hand_over``."""
-        self._limits.stats.inflight_bytes -= self.size
         if self._budget is not None:
             self._budget.end(self.size)
-        self.size = 0
+        self._count(-self.size)
 
     def release_after(self, work: asyncio.Future[Any], size: int | None = None) -> None:
         """Release all bytes when ``work``, which still uses the message, is done.
@@ -70,15 +78,21 @@ class Reservation:
         size  bytes to keep reserved until then, even beyond max_inflight_bytes; None: all
         """
         if size is not None:
-            self._limits.stats.inflight_bytes += size - self.size
             if self._budget is not None:
                 self._budget.end(self.size - size)
-            self.size = size
+            self._count(size - self.size)
         self._handed_over = True
         work.add_done_callback(self._ended)
 
     def _ended(self, _: asyncio.Future[Any]) -> None:
         self.end()
+
+    def _count(self, more: int) -> None:
+        """Count ``more`` bytes; less if it is negative."""
+        self._limits.stats.inflight_bytes += more
+        self.size += more
+        if self.client is not None:
+            self.client.inflight += more
 
 
 class Limits:
@@ -88,26 +102,41 @@ class Limits:
     stats     contains the number of bytes in flight
     restores  knows whether a restore blocks the shard
     draining  set to True when the server stops; then all messages are refused
+    turns     requests for rows that wait for their turn
     """
 
     def __init__(self, config: ServerConfig, stats: ServiceStats, restores: Restores) -> None:
         self.stats = stats
         self.draining = False
+        self.turns = Turns()
+        self._clients: WeakValueDictionary[str, Client] = WeakValueDictionary()
         self._config = config
         self._restores = restores
         self._calls = 0  # running calls, without subscriptions
         self._idle: asyncio.Event | None = None  # ``idle`` waits for it; set when no call runs
 
+    def client(self, peer: str) -> Client:
+        """Return the client on a connection.
+
+        peer  name of the connection, from gRPC's ``context.peer()``
+        """
+        client = self._clients.get(peer)
+        if client is None:
+            client = self._clients[peer] = Client()
+        return client
+
     def admit(
         self,
         size: int,
         *,
+        client: Client | None = None,
         arrays: bool = True,
         during_restore: bool = False,
         budget: Budget | None = None,
     ) -> Reservation:
         """Admit a message of ``size`` bytes. Returns the reservation of its bytes.
 
+        client          the connection that sent it, if it can have large messages
         arrays          the message may contain arrays; a message without arrays must be small
         during_restore  admit the message even while a restore blocks the shard
         budget          budget of the principal that sent it; None: it has no limits
@@ -129,10 +158,14 @@ class Limits:
         inflight = self.stats.inflight_bytes + size
         if inflight > self._config.max_inflight_bytes:
             self.require_room(size)
+        if client is not None and client.inflight:
+            self._require_share(client, size)
         if budget is not None:
             budget.begin(size)
+        if client is not None:
+            client.inflight += size
         self.stats.inflight_bytes = inflight
-        return Reservation(self, size, budget)
+        return Reservation(self, size, client, budget)
 
     def require_open(self, *, during_restore: bool = False) -> None:
         """Raise Draining if the server is stopping, or Restoring if a restore blocks the shard.
@@ -148,16 +181,33 @@ class Limits:
         """Raise Overloaded if max_inflight_bytes does not allow ``size`` more bytes in flight."""
         inflight, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
         if inflight + size > limit:
-            raise Overloaded(
+            raise self.turns.overloaded(
                 f"in-flight limit reached: {inflight} bytes in flight + {size} requested >"
-                f" max_inflight_bytes={limit}; retry later"
+                f" max_inflight_bytes={limit}",
+                size,
+            )
+
+    def _require_share(self, client: Client, size: int) -> None:
+        """Raise Overloaded if a client that has bytes in flight may not have ``size`` more.
+
+        It may have as many as remain free for others (dynamic thresholds; Choudhury, Hahne, 1998).
+        While it is alone, it may have all but a part, so that a second client finds room.
+        """
+        total, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
+        alone = total == client.inflight
+        share = limit - limit // PARTS if alone else limit - total
+        if client.inflight + size > share:
+            raise self.turns.overloaded(
+                f"this connection has {client.inflight} bytes in flight + {size} requested >"
+                f" {share}, its share of max_inflight_bytes={limit}",
+                size,
             )
 
     def begin_call(self) -> None:
         """Count a running call. Raises Overloaded if max_calls are running already."""
         if self._calls >= self._config.max_calls:
-            raise Overloaded(
-                f"{self._config.max_calls} calls are in progress, the limit max_calls; retry later"
+            raise self.turns.overloaded(
+                f"{self._config.max_calls} calls are in progress, the limit max_calls"
             )
         self._calls += 1
 

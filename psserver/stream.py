@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -25,8 +26,16 @@ from psserver.limits import Limits, Reservation
 from psserver.security.budgets import Budget
 from psserver.security.guard import Actor
 from psserver.status import abort, status_of
+from psserver.turns import Client
 
 PIPELINE = 64  # maximum number of requests in flight per stream
+
+
+class Head(Protocol):
+    """Header of a request: its id, and the milliseconds in which it must begin; 0: no limit."""
+
+    id: int
+    timeout_ms: int
 
 
 class Caller(Protocol):
@@ -34,11 +43,13 @@ class Caller(Protocol):
 
     prompt  whether ``write`` seldom waits, so that the task that reads may also write
     via     how its requests arrive, for the statistics: "stream" or "shm"
+    client  the connection, to which requests are counted
     budget  budget of the client's principal; None: it has no limits
     """
 
     prompt: bool
     via: str
+    client: Client
     budget: Budget | None
 
     async def read(self) -> Any:
@@ -53,8 +64,8 @@ class Caller(Protocol):
         """Return the bytes of a message and its arrays."""
         ...
 
-    def id(self, message: Any) -> int:
-        """Return the id of a request without decoding its arrays. Raises codec.Malformed."""
+    def head(self, message: Any) -> Head:
+        """Return the header of a request without decoding its arrays. Raises codec.Malformed."""
         ...
 
     def decode(self, message: Any, budget: int) -> tuple[Any, codec.Exchange | Exception]:
@@ -76,13 +87,17 @@ class _Stream:
 
     arrived  counts a complete message: arrived(name of the connection, bytes)
     actor    who calls
+    client   the connection, to which requests are counted
     """
 
     prompt, via = False, "stream"
 
-    def __init__(self, context: Context, arrived: Callable[[str, int], None], actor: Actor) -> None:
+    def __init__(
+        self, context: Context, arrived: Callable[[str, int], None], actor: Actor, client: Client
+    ) -> None:
         self._context = context
         self._peer = actor.peer
+        self.client = client
         self._arrived = arrived
         self.budget = actor.budget
         self.write = context.write
@@ -97,15 +112,26 @@ class _Stream:
         self._arrived(self._peer, len(data))
         return bytes(data)
 
-    def id(self, message: bytes) -> int:
-        return codec.decode_stream_header(message, AT_ONCE_FIELDS).id
+    def head(self, message: bytes) -> Head:
+        return codec.decode_stream_header(message, AT_ONCE_FIELDS)
+
+
+# id of a request; its result, or the future of it; its reservation
+_Answer = tuple[int, "Begun | asyncio.Future[Begun]", Reservation]
+
+
+_NOTHING: Begun = (0.0, None, Draining("the stream has ended"))  # nobody will read its result
 
 
 class _Flow:
     """The requests of one stream that are in flight: received, but not yet answered.
 
     answers   queue of (request id, result to wait for, memory reservation), in the order of the
-              requests; None tells the writer to end
+              requests; None tells the writer to end. The result of a request that waits for its
+              turn is a future
+    broken    error with which to end the stream, of a request that had to wait for its turn
+    reader    the task that reads requests
+    writing   held while a reply is written
     inflight  bytes of memory reserved for these requests and their replies
     room      event that the writer sets after each reply; the reader waits for it while too many
               requests are in flight
@@ -115,12 +141,18 @@ class _Flow:
     method    name of the method that failed requests count for
     """
 
-    __slots__ = ("answers", "caller", "gone", "inflight", "lane", "method", "room", "waiting")
+    __slots__ = (
+        "answers", "broken", "caller", "gone", "inflight", "lane", "method", "reader", "room",
+        "waiting", "writing",
+    )  # fmt: skip
 
     def __init__(self, caller: Caller, method: str) -> None:
         self.caller = caller
         self.method = method
-        self.answers: asyncio.Queue[tuple[int, Begun, Reservation] | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        self.broken: Exception | None = None
+        self.reader: asyncio.Task[Any] | None = None
+        self.writing = asyncio.Lock()
         self.inflight = 0
         self.waiting = 0
         self.lane = Lane()
@@ -169,7 +201,9 @@ class Streams:
         """
         self._limits.stats.streams += 1
         try:
-            broken = await self.serve(_Stream(context, self._handlers.arrived, actor), "Stream")
+            client = self._limits.client(actor.peer)
+            caller = _Stream(context, self._handlers.arrived, actor, client)
+            broken = await self.serve(caller, "Stream")
         finally:
             self._limits.stats.streams -= 1
         if broken is not None:
@@ -206,7 +240,7 @@ class Streams:
         stops; None if the client ended the stream. The ``del`` statements free the memory of each
         message as soon as it has been decoded.
         """
-        task = asyncio.current_task()
+        task = flow.reader = asyncio.current_task()
         assert task is not None
         try:
             while not self._limits.draining:
@@ -224,33 +258,35 @@ class Streams:
                     flow.room.clear()
                     await flow.room.wait()
         except asyncio.CancelledError:
+            if flow.broken is not None:
+                return flow.broken
             if not self._limits.draining:
                 raise
         except codec.Malformed as error:
             return error.with_traceback(None)
         finally:
             self._streams.pop(task, None)
+            flow.reader = None
             del task
         return Draining("the server is stopping")
 
     def _accept(self, flow: _Flow, data: Any) -> Awaitable[None] | None:
         """Reserve memory for one request, decode it, start it, and add its result to
-        ``flow.answers``. If no memory can be reserved, adds the error as the result.
+        ``flow.answers``. If the server is busy, let it wait for its turn instead.
 
         data  the encoded request
 
-        Returns None or, if the request is large, an awaitable that decodes and starts it.
+        Returns None, or an awaitable: if the request is large, one that decodes and starts it; if
+        it is refused, one that writes the error.
         """
         start = time.perf_counter()
+        turns, client, size = self._limits.turns, flow.caller.client, flow.caller.size(data)
         try:
-            size = flow.caller.size(data)
-            reservation = self._limits.admit(size, budget=flow.caller.budget)
+            reservation = self._limits.admit(size, client=client, budget=flow.caller.budget)
         except Exception as error:
-            begun: Begun = start, None, error.with_traceback(None)
-            answer = flow.caller.id(data), begun, Reservation(self._limits, 0)
-            flow.waiting += 1
-            flow.answers.put_nowait(answer)
-            return None
+            return self._refuse(flow, flow.caller.head(data).id, error.with_traceback(None))
+        if client.blocked or not turns.free():
+            return self._line_up(flow, data, size, start, reservation)
         try:
             read = self._exchanges.read_at_once(flow.caller.decode, data, size)
         except BaseException:
@@ -258,7 +294,142 @@ class Streams:
             raise
         if read is None:
             return self._accept_large(flow, data, start, reservation)
-        return self._begin(flow, read, start, reservation)
+        written = self._begin(flow, read, start, reservation)
+        turns.spent(time.perf_counter() - start)
+        return written
+
+    async def _refuse(self, flow: _Flow, id: int, error: Exception) -> None:
+        """Write an error at once, before the replies to requests that arrived earlier.
+
+        id  the request that is refused
+        """
+        data = self._error(flow, id, error)
+        async with flow.writing:
+            if not flow.gone:
+                try:
+                    await flow.caller.write(data)
+                except Exception:
+                    flow.gone = True
+
+    def _error(self, flow: _Flow, id: int, error: Exception) -> bytes:
+        """Count an error of a request, and return the encoded reply."""
+        self._handlers.count_error(flow.method, error)
+        mirrored = pb.Status.FromString(status_of(error).SerializeToString())
+        return flow.caller.encode(id, mirrored)
+
+    # ---- while the server is busy
+
+    def _line_up(
+        self, flow: _Flow, data: Any, size: int, start: float, reservation: Reservation
+    ) -> Awaitable[None] | None:
+        """Let a request wait for its turn. Returns an awaitable that writes the error, if it would
+        have to wait for too long.
+
+        data   the encoded request, of ``size`` bytes
+        start  time of arrival, in seconds of ``time.perf_counter``
+        """
+        try:
+            head = flow.caller.head(data)
+        except BaseException:
+            reservation.release()
+            raise
+        wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
+        begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
+        begin = partial(self._begin_turn, flow, data, size, start, reservation, begun)
+
+        def refuse(error: Exception) -> None:
+            reservation.release()
+            flow.inflight -= size
+            begun.set_result((start, None, error))
+
+        until = time.monotonic() + wait
+        try:
+            self._limits.turns.enter(flow.caller.client, size, until, begin, refuse)
+        except Exception as error:
+            reservation.release()
+            return self._refuse(flow, head.id, error.with_traceback(None))
+        flow.waiting += 1
+        flow.inflight += size
+        flow.answers.put_nowait((head.id, begun, reservation))
+        return None
+
+    def _begin_turn(
+        self,
+        flow: _Flow,
+        data: Any,
+        size: int,
+        start: float,
+        reservation: Reservation,
+        begun: asyncio.Future[Begun],
+    ) -> None:
+        """Decode and start a request that has waited for its turn, and complete ``begun``."""
+        if flow.gone or flow.broken is not None:
+            self._drop(flow, reservation, begun)
+            return
+        turns = self._limits.turns
+        try:
+            read = self._exchanges.read_at_once(flow.caller.decode, data, size)
+        except Exception as error:
+            self._drop(flow, reservation, begun)
+            self._break(flow, error.with_traceback(None))
+            return
+        if read is None:
+            work = asyncio.ensure_future(self._begin_large(flow, data, start, reservation, begun))
+            turns.block(flow.caller.client, work)
+            turns.working(work, size)
+            return
+        self._begin_read(flow, read, start, reservation, begun)
+        running = begun.result()[2]
+        if isinstance(running, asyncio.Future) and not running.done():
+            turns.working(running, size)
+
+    async def _begin_large(
+        self,
+        flow: _Flow,
+        data: Any,
+        start: float,
+        reservation: Reservation,
+        begun: asyncio.Future[Begun],
+    ) -> None:
+        """Do the same as ``_begin_turn`` for a large request: decode it on a worker thread."""
+        try:
+            read = await self._exchanges.read_on_thread(flow.caller.decode, data, reservation)
+            del data
+            self._begin_read(flow, read, start, reservation, begun)
+        except Exception as error:
+            self._drop(flow, reservation, begun)
+            self._break(flow, error.with_traceback(None))
+
+    def _begin_read(
+        self,
+        flow: _Flow,
+        read: Read,
+        start: float,
+        reservation: Reservation,
+        begun: asyncio.Future[Begun],
+    ) -> None:
+        """Start a decoded request that has waited for its turn, and complete ``begun``."""
+        head, checked = read
+        assert head is not None
+        wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
+        until = time.monotonic() + wait - (time.perf_counter() - start)
+        before = reservation.size
+        started = self._exchanges.begin(checked, start, until, reservation, flow.lane)
+        flow.inflight += reservation.size - before
+        begun.set_result(started)
+
+    def _drop(self, flow: _Flow, reservation: Reservation, begun: asyncio.Future[Begun]) -> None:
+        """Forget a request that has waited for its turn, because nobody will read its reply."""
+        flow.inflight -= reservation.size
+        reservation.release()
+        begun.cancel()
+
+    def _break(self, flow: _Flow, error: Exception) -> None:
+        """End a stream because one of its requests, which had to wait, cannot be decoded."""
+        if flow.broken is None:
+            flow.broken = error
+            if flow.reader is not None:
+                flow.reader.cancel()
 
     async def _accept_large(
         self, flow: _Flow, data: Any, start: float, reservation: Reservation
@@ -293,6 +464,8 @@ class Streams:
         wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
         until = time.monotonic() + wait
         begun = self._exchanges.begin(checked, start, until, reservation, flow.lane)
+        if isinstance(begun[2], asyncio.Future) and not begun[2].done():
+            self._limits.turns.working(begun[2], reservation.size)
         if flow.caller.prompt and not flow.waiting:
             done = self._exchanges.finish_now(begun, flow.caller.via)
             if done is not None:
@@ -319,19 +492,23 @@ class Streams:
         encode = flow.caller.encode
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
+            data = b""
             try:
-                done = await self._exchanges.finish(begun, flow.caller.via)
-                data = b"" if flow.gone else encode(id, done)
-                del done
+                if isinstance(begun, asyncio.Future):
+                    await asyncio.wait((begun,))
+                    begun = _NOTHING if begun.cancelled() else begun.result()
+                if begun is not _NOTHING:
+                    done = await self._exchanges.finish(begun, flow.caller.via)
+                    data = b"" if flow.gone else encode(id, done)
+                    del done
             except Exception as error:
-                self._handlers.count_error(flow.method, error)
-                mirrored = pb.Status.FromString(status_of(error).SerializeToString())
-                data = encode(id, mirrored)
-            if not flow.gone:
-                try:
-                    await flow.caller.write(data)
-                except Exception:  # gRPC raises several types; each means that the call has ended
-                    flow.gone = True
+                data = self._error(flow, id, error)
+            if data and not flow.gone:
+                async with flow.writing:
+                    try:
+                        await flow.caller.write(data)
+                    except Exception:  # gRPC raises several types; each means that the call ended
+                        flow.gone = True
             flow.waiting -= 1
             flow.inflight -= reservation.size
             reservation.release()

@@ -1,0 +1,342 @@
+"""Decide when a request for rows may begin, in which order, and refuse it if that is too late.
+
+While the server keeps up, a request begins as soon as it has arrived. When requests arrive faster,
+they wait here, encoded as they came. Waiting is fair to clients: the next request to begin is that
+of the client whose requests cost least lately (start-time fair queuing; Goyal, Vin, Cheng, 1996).
+The requests of one client begin in the order of arrival. A client is a connection here.
+
+The cost of a request is its size in bytes, and BASE for what any request takes. While requests
+wait, the cost that begins per second is measured: the rate of the server. Cost divided by rate is
+the time that a request will probably wait. A request is refused on arrival, before it is decoded
+
+* if it would wait until its deadline has passed
+* if its client would wait for more than TARGET, the server has been behind by TARGET for INTERVAL,
+  and more than ALLOWED requests of the client wait already. So a trainer that sends a few requests
+  ahead is not refused, however large they are
+* if its client takes more than its share of max_inflight_bytes (limits.py)
+
+A refusal asks the client to wait before it tries again: longer the longer requests wait here and
+the more of them are refused, and not the same time for all clients.
+
+Everything here happens on the event loop, in pieces of SLICE at most, so that the loop answers
+health checks and administrators in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Any
+
+from psserver.errors import DeadlinePassed, Overloaded
+
+BASE = 16 << 10  # cost of a request apart from its bytes
+SLICE = 0.004  # seconds for which requests begin before the event loop does something else
+FREE = 4 << 20  # cost of the requests in the engine with which others may begin without waiting
+MOST = 1 << 20  # the same for requests that wait: the less, the fairer; at least LEAST requests
+LEAST = 2
+TARGET = 0.5  # seconds that requests may wait
+INTERVAL = 0.25  # seconds for which they may wait longer
+ALLOWED = 8  # requests of a client that may wait as long as they like
+MEASURED = 0.1  # seconds over which the rate is measured
+SMOOTH = 0.3  # weight of the newest measurement of the rate
+SHORTEST, LONGEST = 0.1, 2.0  # bounds of the seconds after which refused clients may try again
+PARTS = 8  # one client alone may take all of max_inflight_bytes but this part of it
+
+
+class Client:
+    """One connection, and its requests that wait.
+
+    inflight  bytes of its requests and replies in flight
+    waiting   its requests that wait, in the order of arrival
+    cost      their cost
+    tag       position in the order of clients; grows by the cost of each request that begins
+    blocked   whether its next request must not begin yet
+    """
+
+    __slots__ = ("__weakref__", "blocked", "cost", "inflight", "tag", "waiting")
+
+    def __init__(self) -> None:
+        self.inflight = 0
+        self.waiting: deque[Waiting] = deque()
+        self.cost = 0
+        self.tag = 0.0
+        self.blocked = False
+
+
+class Waiting:
+    """A request that waits for its turn.
+
+    begin     called when it may begin; it must not raise
+    refuse    called with an error instead, if its deadline passes before
+    cost      its cost
+    deadline  monotonic seconds
+    since     time of arrival, in monotonic seconds
+    """
+
+    __slots__ = ("begin", "cost", "deadline", "refuse", "since")
+
+    def __init__(
+        self,
+        begin: Callable[[], Any],
+        refuse: Callable[[Exception], Any],
+        cost: int,
+        deadline: float,
+        since: float,
+    ) -> None:
+        self.begin, self.refuse = begin, refuse
+        self.cost, self.deadline, self.since = cost, deadline, since
+
+
+class Turns:
+    """The requests of all clients that wait for their turn. Must be used on the event loop.
+
+    clock  returns monotonic seconds
+    draw   returns random numbers in [0, 1), for the times after which clients may try again
+
+    waiting   number of requests that wait
+    cost      their cost
+    rate      cost that begins per second while requests wait; 0: not measured yet
+    observed  called with the seconds that a request waited when it begins
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.waiting = 0
+        self.cost = 0
+        self.rate = 0.0
+        self.observed: Callable[[float], Any] | None = None
+        self._clock, self._draw = clock, draw
+        self._order: list[tuple[float, int, Client]] = []  # heap of clients whose turn may come
+        self._number = 0  # distinguishes equal tags
+        self._tag = 0.0  # tag of the client whose request began last
+        self._used = 0.0  # seconds of requests in this round of the loop
+        self._begun = 0  # requests that were begun and not finished by the engine
+        self._begun_cost = 0
+        self._called = False  # whether the loop will call ``_go_on``
+        self._measured, self._since = 0, 0.0  # cost begun since a time, for ``rate``
+        self._behind = math.inf  # since when requests wait for more than TARGET; inf: they do not
+        self._refused = self._admitted = 0.0  # costs, lately; for the hint to clients
+
+    # ---- a request arrives
+
+    def free(self) -> bool:
+        """Return whether a request that arrives now may begin at once: then call ``spent``."""
+        return not self.waiting and self._used < SLICE and self._begun_cost < FREE
+
+    def spent(self, seconds: float) -> None:
+        """Count the time that it took on the event loop to begin a request without waiting."""
+        if not self._used:
+            self._call()
+        self._used += seconds
+
+    def working(self, work: asyncio.Future[Any], size: int) -> None:
+        """Count a request as begun until ``work`` is done.
+
+        size  bytes of the request
+        """
+        cost = size + BASE
+        self._begun += 1
+        self._begun_cost += cost
+
+        def over(_: object) -> None:
+            self._begun -= 1
+            self._begun_cost -= cost
+            if self.waiting:
+                self._call()
+
+        work.add_done_callback(over)
+
+    def enter(
+        self,
+        client: Client,
+        size: int,
+        deadline: float,
+        begin: Callable[[], Any],
+        refuse: Callable[[Exception], Any],
+    ) -> None:
+        """Let a request wait for its turn. Raises Overloaded if that would take too long.
+
+        size      bytes of the request
+        deadline  monotonic seconds
+        begin     called when it may begin; it must not raise
+        refuse    called with DeadlinePassed instead, if the deadline passes before
+        """
+        now, cost = self._clock(), size + BASE
+        if not self.waiting:
+            self._measured, self._since = 0, now
+        self._require_soon(client, cost, now, deadline)
+        self._admitted += cost
+        client.waiting.append(Waiting(begin, refuse, cost, deadline, now))
+        client.cost += cost
+        self.cost += cost
+        self.waiting += 1
+        if len(client.waiting) == 1 and not client.blocked:
+            self._line_up(client)
+        self._call()
+
+    async def turn(self, client: Client, size: int, deadline: float) -> asyncio.Future[None]:
+        """Wait for the turn of a request. Raises Overloaded or DeadlinePassed.
+
+        The arguments are those of ``enter``. Returns a future to pass to ``passed``, or to cancel.
+        """
+        loop = asyncio.get_running_loop()
+        granted: asyncio.Future[None] = loop.create_future()
+        over: asyncio.Future[None] = loop.create_future()
+
+        def begin() -> None:
+            if not granted.done():  # else the client is gone
+                granted.set_result(None)
+                self.working(over, size)
+
+        def refuse(error: Exception) -> None:
+            if not granted.done():
+                granted.set_exception(error)
+
+        self.enter(client, size, deadline, begin, refuse)
+        try:
+            await granted
+        except asyncio.CancelledError:
+            over.cancel()
+            raise
+        return over
+
+    def passed(
+        self, work: Any, size: int, seconds: float, over: asyncio.Future[None] | None
+    ) -> None:
+        """Count a request that was begun.
+
+        work     future of its result, or an error
+        size     bytes of the request
+        seconds  time that it took on the event loop to begin the request
+        over     result of ``turn``; None: the request did not wait
+        """
+        running = isinstance(work, asyncio.Future) and not work.done()
+        if over is None:
+            self.spent(seconds)
+            if running:
+                self.working(work, size)
+        elif running:
+            work.add_done_callback(lambda _: over.cancel())
+        else:
+            over.cancel()
+
+    def block(self, client: Client, work: asyncio.Future[Any]) -> None:
+        """Begin no further request of a client until ``work`` is done."""
+        client.blocked = True
+
+        def over(_: object) -> None:
+            client.blocked = False
+            if client.waiting:
+                self._line_up(client)
+                self._call()
+
+        work.add_done_callback(over)
+
+    def overloaded(self, why: str, cost: int = BASE) -> Overloaded:
+        """Return the error for a request that is refused: it asks to try again later.
+
+        why   the reason, for people
+        cost  cost of the request
+        """
+        self._refused += cost
+        wait = self.cost / self.rate if self.rate else 0.0
+        crowd = 1 + self._refused / max(self._admitted, BASE)
+        seconds = wait * crowd * (0.5 + self._draw())
+        error = Overloaded(f"{why}; retry later")
+        error.retry_after = min(max(seconds, SHORTEST * (1 + self._draw())), LONGEST)
+        return error
+
+    def wait_of(self, client: Client, cost: int = 0) -> float:
+        """Return the seconds that a request of a client will probably wait; 0.0: not known.
+
+        cost  cost of the request
+        """
+        if not self.rate:
+            return 0.0
+        others = len(self._order) + (not client.waiting)
+        return min(self.cost, (client.cost + cost) * others) / self.rate
+
+    # ---- the loop calls
+
+    def _call(self) -> None:
+        if not self._called:
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Begin requests that wait, for SLICE at most, in a new round of the loop."""
+        self._called, self._used = False, 0.0
+        if not self.waiting:
+            return
+        now = self._clock()
+        end = now + SLICE
+        while self._order and now < end and (self._begun < LEAST or self._begun_cost < MOST):
+            self._begin_next(now)
+            now = self._clock()
+        self._measure(now)
+        if self._order and (self._begun < LEAST or self._begun_cost < MOST):
+            self._call()
+
+    def _begin_next(self, now: float) -> None:
+        """Begin the request whose turn it is, or refuse it if its deadline has passed."""
+        self._tag, _, client = heappop(self._order)
+        request = client.waiting.popleft()
+        client.cost -= request.cost
+        self.cost -= request.cost
+        self.waiting -= 1
+        client.tag = self._tag + request.cost
+        if now > request.deadline:
+            request.refuse(DeadlinePassed("the deadline passed before the work began"))
+        else:
+            self._measured += request.cost
+            if self.observed is not None:
+                self.observed(now - request.since)
+            request.begin()
+        if client.waiting and not client.blocked:
+            self._line_up(client)
+
+    def _line_up(self, client: Client) -> None:
+        """Give a client with requests that wait its place in the order."""
+        client.tag = max(client.tag, self._tag)
+        self._number += 1
+        heappush(self._order, (client.tag, self._number, client))
+
+    def _measure(self, now: float) -> None:
+        """Measure the rate, and note whether requests wait for too long."""
+        seconds = now - self._since
+        if seconds >= MEASURED:
+            rate = self._measured / seconds
+            self.rate = self.rate + SMOOTH * (rate - self.rate) if self.rate else rate
+            self._measured, self._since = 0, now
+            self._refused *= 1 - SMOOTH
+            self._admitted *= 1 - SMOOTH
+
+    def _require_soon(self, client: Client, cost: int, now: float, deadline: float) -> None:
+        """Raise Overloaded if a request of a client should not wait for its turn."""
+        if not self.rate:
+            return
+        total = self.cost / self.rate
+        if total < TARGET / 2:
+            self._behind = math.inf
+        elif total > TARGET and self._behind == math.inf:
+            self._behind = now
+        wait = self.wait_of(client, cost)
+        if now + wait > deadline:
+            raise self.overloaded(
+                f"the request would wait for {wait:.2g} s, until its deadline has passed", cost
+            )
+        if now - self._behind > INTERVAL and wait > TARGET and len(client.waiting) >= ALLOWED:
+            raise self.overloaded(
+                f"{len(client.waiting)} requests of this connection wait already, the last one"
+                f" for {wait:.2g} s",
+                cost,
+            )
