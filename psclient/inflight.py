@@ -103,8 +103,11 @@ class Request:
 
     @property
     def repeated(self) -> bool:
-        """Whether a message was sent more than once: later requests may have overtaken it."""
-        return any(item.moved or item.call.renewed or item.call.attempts > 1 for item in self.sent)
+        """Whether a message was sent late or more than once: others may have overtaken it."""
+        return any(
+            item.moved or item.call.renewed or item.call.held or item.call.attempts > 1
+            for item in self.sent
+        )
 
     def abandon(self) -> None:
         """Give up every message after an interruption, so that none is sent again."""

@@ -41,11 +41,13 @@ class _NoPipe:
         self._why = why
 
     def send(self, call: Call) -> None:
-        for push in call.exchange.pushes:  # the caller may change its arrays
-            push.gradients = push.gradients.copy()
+        call.keep()
 
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
         raise PipeLost(self._why)
+
+    def answered(self, id: int) -> None:
+        pass
 
     def end(self) -> None:
         pass

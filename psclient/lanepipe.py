@@ -108,6 +108,9 @@ class LanePipe:
         chunk, exchange, rooms = sent
         return reply.id, lanes.exchanged(reply.exchange, exchange, chunk.region.memory, rooms)
 
+    def answered(self, id: int) -> None:
+        pass
+
     def end(self) -> None:
         pass
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from abc import ABC, abstractmethod
 
 from psclient.access import PLAIN, Access
 from psclient.channel import Channel
 from psclient.errors import PsError, Unavailable
+from psclient.patience import Patience
 from psclient.routes import Route
 from psclient.session import Call, Session, pause_before
 from psproto import codec
@@ -41,6 +43,7 @@ class Link(ABC):
         self.channel = Channel(route, access)
         self.session = session
         self.lock = threading.RLock()
+        self.patience = Patience()
         self._ids = itertools.count(1)
         self._open: dict[int, Call] = {}
         self._closed = False
@@ -87,6 +90,26 @@ class Link(ABC):
     def _pause_before(self, call: Call, error: PsError) -> float | None:
         """Return the seconds to pause before a failed call is sent again; None: it is not."""
         return pause_before(call, error, renews=self.session.renews, repeats=self.session.repeats)
+
+    def _pause(self, call: Call, error: PsError, seconds: float) -> bool:
+        """Pause before a failed call is sent again, for longer if the retry budget is spent.
+
+        error    the error with which it failed
+        seconds  shortest pause
+
+        Returns False if the call's deadline would pass meanwhile. Do not hold the lock.
+        """
+        asked = error.retry_after is not None
+        while True:
+            left = call.deadline - time.monotonic()
+            if seconds and seconds >= left:
+                return False
+            time.sleep(min(self.patience.pause(seconds), max(left, 0)) if asked else seconds)
+            if not asked:
+                return True
+            with self.lock:
+                if self.patience.may_repeat():
+                    return True
 
     # ---- the lock is held
 

@@ -10,6 +10,8 @@ from psclient.retry import asked_pause
 from psproto import codec
 from psproto import ps_pb2 as pb
 
+HEADER = b"\x0a"  # tag of the field StreamRequest.header
+
 
 class Session:
     """Numbers the pushes of one client to one shard, so that the shard applies each once.
@@ -98,6 +100,7 @@ class Call:
     done      whether the call has ended; then ``answer`` or ``error`` is set
     attempts  how often the request was sent
     renewed   whether the pushes were numbered again after SessionExpired; see ``renumber``
+    held      whether the request was not sent at once, because the shard was overloaded
     id        number of the request on the stream
     message   encoded request; b"": not encoded yet, or not sent through gRPC
     handle    unary calls: gRPC's call object of the attempt in progress; lanes: the memory of the
@@ -112,6 +115,7 @@ class Call:
         "error",
         "exchange",
         "handle",
+        "held",
         "id",
         "message",
         "renewed",
@@ -121,7 +125,7 @@ class Call:
         self.exchange = exchange
         self.deadline = deadline
         self.attempts = 0
-        self.renewed = False
+        self.renewed = self.held = False
         self.done = False
         self.answer: codec.Exchanged | None = None
         self.error: PsError | None = None
@@ -132,6 +136,19 @@ class Call:
     def encode(self) -> None:
         """Set ``message`` to the request encoded for a stream."""
         self.message = codec.encode_stream_request(self.stream_header(), self.exchange)
+
+    def restamped(self) -> bytes:
+        """Return ``message`` with the time that is left now.
+
+        protobuf merges the header at the end into the one at the start.
+        """
+        header = self.stream_header().SerializeToString()
+        return b"".join((self.message, HEADER, bytes((len(header),)), header))
+
+    def keep(self) -> None:
+        """Copy the arrays that the caller may change before the call is sent."""
+        for push in self.exchange.pushes:
+            push.gradients = push.gradients.copy()
 
     def stream_header(self) -> pb.StreamRequestHeader:
         """Return the header of the request on a stream: its id, and the time left for it."""

@@ -57,7 +57,12 @@ class StreamLink(Link):
         with self.lock:
             try:
                 self._begin(call)
-                self._send(call)
+                if (refusal := self.patience.holds()) is not None:
+                    call.held = True
+                    call.keep()
+                    self._settle(call, None, refusal)
+                else:
+                    self._send(call)
             except PsError:
                 self._finish(call, applied=False)
                 raise
@@ -182,11 +187,15 @@ class StreamLink(Link):
             self._failures = 0
             self._recovered()
         with self.lock:
+            pipe.answered(id)
             call = self._open.get(id)
             if call is not None and not call.done:
                 if isinstance(answer, pb.Status):
-                    self._settle(call, None, error_of(answer, self.where))
+                    refusal = error_of(answer, self.where)
+                    self.patience.refused(refusal)
+                    self._settle(call, None, refusal)
                 else:
+                    self.patience.answered()
                     self._settle(call, answer, None)
 
     def _prefetch(self) -> None:
@@ -321,10 +330,9 @@ class StreamLink(Link):
         Returns whether the call was sent.
         """
         pause = self._pause_before(call, error)
-        if pause is not None:
-            time.sleep(pause)
+        again = pause is not None and self._pause(call, error, pause)
         with self.lock:
-            if pause is None or self._closed or self._open.get(call.id) is not call:
+            if not again or self._closed or self._open.get(call.id) is not call:
                 self._finish(call, applied=False)
                 return False
             call.done, call.error = False, None

@@ -81,7 +81,10 @@ class UnaryLink(Link):
             call.error = error
             self._end(call, applied=False)
             raise error
-        time.sleep(pause)
+        if not self._pause(call, error, pause):
+            call.error = error
+            self._end(call, applied=False)
+            raise error
         if isinstance(error, SessionExpired):
             with self.lock:
                 renumber(call, self.session)
