@@ -14,7 +14,6 @@ import asyncio
 import json
 import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +23,9 @@ import uvloop
 from numpy.typing import NDArray
 
 from benchmarks.work import Work, keys_of, standard_work
+from psclient.errors import error_of
+from psclient.patience import Patience
+from psclient.window import Window
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -36,6 +38,7 @@ OPTIONS = [
 ]
 STREAM = "/ps.v1.RowService/Stream"
 ANSWERED = b"\x12"  # tag of StreamResponse.exchange
+HELD = "held"  # refused by the client: the server is overloaded, as it has told or as answers show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class Flood:
     kind: str = "exchange"  # a push and a pull; "pull": a pull alone
     connections: int = 2
     streams: int = 4  # per connection; 0: unary calls
+    patient: bool = (
+        True  # wait as psclient does; False: send what arrives, whatever the server says
+    )
     seed: int = 0
 
 
@@ -59,7 +65,7 @@ class Outcomes:
 
     intended: list[float]
     answered: list[float]  # time of the answer; 0: none came
-    outcome: list[str]  # "served", "unsent", "lost" or the reason of an error
+    outcome: list[str]  # "served", HELD, "unsent", "lost" or the reason of an error
     hint: list[float]  # seconds after which the server asks to retry; 0: it does not ask
 
 
@@ -128,6 +134,10 @@ class _Run:
         return self._contents[number % len(self._contents)]
 
     @property
+    def patient(self) -> bool:
+        return self._flood.patient
+
+    @property
     def unary(self) -> bool:
         return not self._flood.streams
 
@@ -135,8 +145,8 @@ class _Run:
         self.found.answered[number] = time.monotonic()
         self.found.outcome[number] = "served"
 
-    def failed(self, number: int, status: pb.Status) -> None:
-        """Note an error that the server answered."""
+    def failed(self, number: int, status: pb.Status) -> pb.Status:
+        """Note an error that the server answered, and return it."""
         self.found.answered[number] = time.monotonic()
         reason, hint = str(status.code), 0.0
         for detail in status.details:
@@ -146,15 +156,17 @@ class _Run:
                 delay = pb.RetryInfo.FromString(detail.value).retry_delay
                 hint = delay.seconds + delay.nanos / 1e9
         self.found.outcome[number], self.found.hint[number] = reason, hint
+        return status
 
 
 class _Line:
-    """One stream, or the unary calls on one connection."""
+    """One stream, or the unary calls on one connection. Waits as psclient does, by its code."""
 
     def __init__(self, run: _Run, channel: grpc.aio.Channel) -> None:
         self._run = run
-        self._waiting: deque[int] = deque()
-        self._wake = asyncio.Event()
+        self._outbox: asyncio.Queue[int] = asyncio.Queue()
+        self._window: Window[int] = Window()
+        self._patience = Patience()
         self._tasks: set[asyncio.Task[None]] = set()
         if run.unary:
             self._call = channel.unary_unary("/ps.v1.RowService/Exchange")
@@ -164,16 +176,36 @@ class _Line:
             self._start(self._read())
 
     def send(self, number: int) -> None:
-        """Send a request as soon as the connection takes it."""
-        if self._run.unary:
-            self._start(self._one(number))
-        else:
-            self._waiting.append(number)
-            self._wake.set()
+        """Send a request as soon as the server and the connection take it."""
+        run = self._run
+        if run.patient and (self._patience.holds() or 2 * self._window.delay() > run.left(number)):
+            run.found.answered[number] = time.monotonic()
+            run.found.outcome[number] = HELD
+        elif not run.patient or self._window.enter(number):
+            self._send_now(number)
 
     def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+
+    def _send_now(self, number: int) -> None:
+        self._window.sent(number, len(self._run.content(number)))
+        if self._run.unary:
+            self._start(self._one(number))
+        else:
+            self._outbox.put_nowait(number)
+
+    def _answered(self, number: int, status: pb.Status | None) -> None:
+        """Note the answer to a request, and send those that waited for it."""
+        if status is None:
+            self._run.served(number)
+        else:
+            self._patience.refused(error_of(self._run.failed(number, status), ""))
+        self._next(number)
+
+    def _next(self, number: int) -> None:
+        for each in self._window.answered(number):
+            self._send_now(each)
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -184,37 +216,37 @@ class _Line:
         run, left = self._run, self._run.left(number)
         if left <= 0:
             run.found.outcome[number] = "unsent"
+            self._next(number)
             return
         try:
             await self._call(run.content(number), timeout=left)
-            run.served(number)
         except grpc.aio.AioRpcError as error:
             details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
             status = pb.Status.FromString(details) if details else pb.Status()
             status.code = status.code or error.code().value[0]
-            run.failed(number, status)
+            self._answered(number, status)
+        else:
+            self._answered(number, None)
 
     async def _write(self) -> None:
         run = self._run
         while True:
-            while self._waiting:
-                number = self._waiting.popleft()
-                left = run.left(number)
-                if left <= 0:
-                    run.found.outcome[number] = "unsent"
-                    continue
-                head = pb.StreamRequestHeader(id=number + 1, timeout_ms=int(left * 1000) + 1)
-                await self._stream.write(_enveloped(head.SerializeToString(), run.content(number)))
-            self._wake.clear()
-            await self._wake.wait()
+            number = await self._outbox.get()
+            left = run.left(number)
+            if left <= 0:
+                run.found.outcome[number] = "unsent"
+                self._next(number)
+                continue
+            head = pb.StreamRequestHeader(id=number + 1, timeout_ms=int(left * 1000) + 1)
+            await self._stream.write(_enveloped(head.SerializeToString(), run.content(number)))
 
     async def _read(self) -> None:
         while (data := await self._stream.read()) is not grpc.aio.EOF:
-            number, at = _varint(data, 1)
-            if data[at : at + 1] == ANSWERED:
-                self._run.served(number - 1)
-            else:
-                self._run.failed(number - 1, pb.StreamResponse.FromString(data).error)
+            id, at = _varint(data, 1)
+            found = None
+            if data[at : at + 1] != ANSWERED:
+                found = pb.StreamResponse.FromString(data).error
+            self._answered(id - 1, found)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -49,6 +49,9 @@ class _NoPipe:
     def answered(self, id: int) -> None:
         pass
 
+    def delay(self) -> float:
+        return 0.0
+
     def end(self) -> None:
         pass
 

@@ -111,6 +111,9 @@ class LanePipe:
     def answered(self, id: int) -> None:
         pass
 
+    def delay(self) -> float:
+        return 0.0
+
     def end(self) -> None:
         pass
 

@@ -6,7 +6,6 @@ Stream; LanePipe (lanepipe.py) uses shared memory.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -15,15 +14,11 @@ import grpc
 
 from psclient.channel import Channel
 from psclient.session import Call
+from psclient.window import Window
 from psproto import codec
 from psproto import ps_pb2 as pb
 
 METHOD = "/ps.v1.RowService/Stream"
-# Requests in flight on a stream. Further ones wait here, where their deadlines are known. In gRPC's
-# buffers they would wait unseen by the server, which then could not tell that they are late.
-MOST_REQUESTS = 64
-MOST_BYTES = 8 << 20  # of requests; but LEAST_REQUESTS may be in flight, however large
-LEAST_REQUESTS = 8
 
 
 class PipeLost(Exception):
@@ -54,6 +49,12 @@ class Pipe(Protocol):
         """Note that the reply to a call was received. The caller holds the lock of the link."""
         ...
 
+    def delay(self) -> float:
+        """Return the seconds for which a new request would probably wait before it is sent. The
+        caller holds the lock of the link.
+        """
+        ...
+
     def end(self) -> None:
         """Send nothing any more. Does not block, and does not end ``receive``."""
         ...
@@ -75,9 +76,7 @@ class GrpcPipe:
     def __init__(self, channel: Channel, calls: Iterable[Call]) -> None:
         self._channel = channel
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._waiting: deque[Call] = deque()  # not sent yet
-        self._sizes: dict[int, int] = {}  # bytes of the requests in flight, by id of the call
-        self._bytes = 0  # their sum
+        self._window: Window[Call] = Window()
         for call in calls:
             self.send(call)
         try:
@@ -91,27 +90,20 @@ class GrpcPipe:
         fresh = not call.message
         if fresh:
             call.encode()
-        if self._waiting or not self._has_room():
-            self._waiting.append(call)
-        else:
+        if self._window.enter(call):
             self._put(call.id, call.message if fresh else call.restamped())
 
     def answered(self, id: int) -> None:
-        self._bytes -= self._sizes.pop(id, 0)
-        while self._waiting and self._has_room():
-            call = self._waiting.popleft()
+        for call in self._window.answered(id):
             if not call.done:  # else its deadline has passed
                 self._put(call.id, call.restamped())
 
-    def _has_room(self) -> bool:
-        """Return whether another request may be in flight."""
-        count = len(self._sizes)
-        return count < LEAST_REQUESTS or (count < MOST_REQUESTS and self._bytes < MOST_BYTES)
+    def delay(self) -> float:
+        return self._window.delay()
 
     def _put(self, id: int, message: bytes) -> None:
         """Send an encoded request."""
-        self._sizes[id] = len(message)
-        self._bytes += len(message)
+        self._window.sent(id, len(message))
         self._outbox.put(message)
 
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:

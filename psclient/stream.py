@@ -24,8 +24,16 @@ from typing import Any
 import grpc
 
 from psclient.access import PLAIN, Access
-from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
+from psclient.errors import (
+    DeadlineExceeded,
+    PsError,
+    ResourceExhausted,
+    SessionExpired,
+    Unavailable,
+    error_of,
+)
 from psclient.link import Link
+from psclient.patience import OVERLOADED
 from psclient.pipe import BROKEN, GrpcPipe, Pipe
 from psclient.retry import RETRYABLE, backoff
 from psclient.routes import Route
@@ -57,7 +65,7 @@ class StreamLink(Link):
         with self.lock:
             try:
                 self._begin(call)
-                if (refusal := self.patience.holds()) is not None:
+                if (refusal := self._refusal(call)) is not None:
                     call.held = True
                     call.keep()
                     self._settle(call, None, refusal)
@@ -220,6 +228,21 @@ class StreamLink(Link):
         for turn in [turn for turn, each in self._sleeping.items() if each is call]:
             del self._sleeping[turn]
             turn.release()
+
+    def _refusal(self, call: Call) -> PsError | None:
+        """Return the error with which a new call must wait, because the shard is overloaded; None:
+        it may be sent.
+        """
+        if self.session.repeats and (held := self.patience.holds()) is not None:
+            return held
+        delay = 0.0 if self._pipe is None else self._pipe.delay()
+        if not delay or 2 * delay < call.deadline - time.monotonic():
+            return None
+        refusal = ResourceExhausted(
+            f"{self.where}: requests wait for {delay:.2g} s on this connection before they are sent"
+        )
+        refusal.reason, refusal.retry_after = OVERLOADED, delay
+        return refusal
 
     def _send(self, call: Call) -> None:
         """Queue a call's message on the stream; open a stream if there is none."""
