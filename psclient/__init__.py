@@ -23,7 +23,9 @@ retry.py       errors of failed calls, pauses between attempts
 session.py     one request to one shard, and the sequence numbers of its pushes
 discovery.py   find the shards of a cluster behind one DNS name
 places.py      where the shards are: at listed addresses, or behind one name
+patience.py    how a connection waits while its shard is overloaded
 link.py        connection to one shard: base class of stream.py and unary.py
+window.py      how many requests of a stream may be in flight
 pipe.py        connections that carry many requests at once, and the one through gRPC
 stream.py      connection to one shard through a stream, which is a pipe
 regions.py     shared memory of a same-host lane

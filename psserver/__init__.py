@@ -95,6 +95,7 @@ security/pem.py          read certificates and private keys in the format PEM
 security/certificates.py  the server's TLS certificates, read again when their files change
 doctor.py        check whether the machine and the settings suit a server
 phase.py         what a server is doing, from its start to its stop
+turns.py         decide when a request may begin, fairly, and refuse it if that is too late
 limits.py        admit requests: memory in flight, restore, drain
 workers.py       the thread pools of a server
 transport.py     gRPC options that limit memory
@@ -105,6 +106,8 @@ handlers.py      build the gRPC handlers of all kinds of methods
 coldruns.py      run exchanges whose rows may be on disk
 checks.py        checks of a request that need no tables
 exchange.py      pulls, pushes, deletes and exchanges
+flow.py          one stream: the client's end, and its requests in flight
+queued.py        a request of a stream that waits for its turn
 stream.py        the bidirectional stream
 regions.py       map the memory that clients of the same-host lane register
 lane.py          the same-host lane: streams over a Unix socket

@@ -22,12 +22,13 @@ import structlog
 from psproto import codec, cudaipc, lanes
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, Refused
+from psserver.flow import Head
 from psserver.limits import Limits
 from psserver.regions import GpuRegion, Regions
 from psserver.security.budgets import Budget
 from psserver.security.guard import Actor, Guard, Proof
 from psserver.status import status_of
-from psserver.stream import Head, Streams
+from psserver.stream import Streams
 from psserver.turns import Client
 from psserver.unusable import ConfigError
 

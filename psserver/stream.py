@@ -10,76 +10,24 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psserver.coldruns import Lane
 from psserver.door import Context
-from psserver.errors import Draining
-from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges, Read
+from psserver.errors import Draining, Overloaded
+from psserver.exchange import AT_ONCE_FIELDS, Exchanges, Read
+from psserver.flow import NOTHING, Caller, Flow, Head
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
-from psserver.security.budgets import Budget
+from psserver.queued import Queued
 from psserver.security.guard import Actor
 from psserver.status import abort, status_of
 from psserver.turns import Client
 
 PIPELINE = 64  # maximum number of requests in flight per stream
-
-
-class Head(Protocol):
-    """Header of a request: its id, and the milliseconds in which it must begin; 0: no limit."""
-
-    id: int
-    timeout_ms: int
-
-
-class Caller(Protocol):
-    """The client's end of a stream: reads its requests, and writes the replies.
-
-    prompt  whether ``write`` seldom waits, so that the task that reads may also write
-    via     how its requests arrive, for the statistics: "stream" or "shm"
-    client  the connection, to which requests are counted
-    budget  budget of the client's principal; None: it has no limits
-    """
-
-    prompt: bool
-    via: str
-    client: Client
-    budget: Budget | None
-
-    async def read(self) -> Any:
-        """Wait for the next message and return it; None: the client ended the stream."""
-        ...
-
-    async def write(self, data: bytes) -> None:
-        """Send an encoded reply. Raises any exception if the client is gone."""
-        ...
-
-    def size(self, message: Any) -> int:
-        """Return the bytes of a message and its arrays."""
-        ...
-
-    def head(self, message: Any) -> Head:
-        """Return the header of a request without decoding its arrays. Raises codec.Malformed."""
-        ...
-
-    def decode(self, message: Any, budget: int) -> tuple[Any, codec.Exchange | Exception]:
-        """Return (header, exchange, or the error with which to answer it) of a message.
-
-        budget  maximum number of its fields
-
-        Raises codec.Malformed and codec.TooManyFields.
-        """
-        ...
-
-    def encode(self, id: int, answer: codec.Exchanged | pb.Status) -> bytes:
-        """Encode the reply to the request ``id``; a Status reports an error."""
-        ...
 
 
 class _Stream:
@@ -114,50 +62,6 @@ class _Stream:
 
     def head(self, message: bytes) -> Head:
         return codec.decode_stream_header(message, AT_ONCE_FIELDS)
-
-
-# id of a request; its result, or the future of it; its reservation
-_Answer = tuple[int, "Begun | asyncio.Future[Begun]", Reservation]
-
-
-_NOTHING: Begun = (0.0, None, Draining("the stream has ended"))  # nobody will read its result
-
-
-class _Flow:
-    """The requests of one stream that are in flight: received, but not yet answered.
-
-    answers   queue of (request id, result to wait for, memory reservation), in the order of the
-              requests; None tells the writer to end. The result of a request that waits for its
-              turn is a future
-    broken    error with which to end the stream, of a request that had to wait for its turn
-    reader    the task that reads requests
-    writing   held while a reply is written
-    inflight  bytes of memory reserved for these requests and their replies
-    room      event that the writer sets after each reply; the reader waits for it while too many
-              requests are in flight
-    waiting   number of results in ``answers``, or taken from it and not yet written
-    lane      keeps the requests in order while some wait for the disk
-    gone      True once the client no longer reads replies
-    method    name of the method that failed requests count for
-    """
-
-    __slots__ = (
-        "answers", "broken", "caller", "gone", "inflight", "lane", "method", "reader", "room",
-        "waiting", "writing",
-    )  # fmt: skip
-
-    def __init__(self, caller: Caller, method: str) -> None:
-        self.caller = caller
-        self.method = method
-        self.answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
-        self.broken: Exception | None = None
-        self.reader: asyncio.Task[Any] | None = None
-        self.writing = asyncio.Lock()
-        self.inflight = 0
-        self.waiting = 0
-        self.lane = Lane()
-        self.room = asyncio.Event()
-        self.gone = False
 
 
 class Streams:
@@ -217,7 +121,7 @@ class Streams:
 
         Returns the error with which to end the stream; None if the client ended it.
         """
-        flow = _Flow(caller, method)
+        flow = Flow(caller, method)
         writer = asyncio.create_task(self._write(flow))
         self._writers.add(writer)
         writer.add_done_callback(self._writers.discard)
@@ -233,7 +137,7 @@ class Streams:
             self._handlers.count_error(method, broken)
         return broken
 
-    async def _read(self, flow: _Flow) -> Exception | None:
+    async def _read(self, flow: Flow) -> Exception | None:
         """Read requests from the client and start them; pause while too many are in flight.
 
         Returns the error with which to end the stream: codec.Malformed, or Draining if the server
@@ -270,7 +174,7 @@ class Streams:
             del task
         return Draining("the server is stopping")
 
-    def _accept(self, flow: _Flow, data: Any) -> Awaitable[None] | None:
+    def _accept(self, flow: Flow, data: Any) -> Awaitable[None] | None:
         """Reserve memory for one request, decode it, start it, and add its result to
         ``flow.answers``. If the server is busy, let it wait for its turn instead.
 
@@ -298,7 +202,7 @@ class Streams:
         turns.spent(time.perf_counter() - start)
         return written
 
-    async def _refuse(self, flow: _Flow, id: int, error: Exception) -> None:
+    async def _refuse(self, flow: Flow, id: int, error: Exception) -> None:
         """Write an error at once, before the replies to requests that arrived earlier.
 
         id  the request that is refused
@@ -311,16 +215,14 @@ class Streams:
                 except Exception:
                     flow.gone = True
 
-    def _error(self, flow: _Flow, id: int, error: Exception) -> bytes:
+    def _error(self, flow: Flow, id: int, error: Exception) -> bytes:
         """Count an error of a request, and return the encoded reply."""
         self._handlers.count_error(flow.method, error)
         mirrored = pb.Status.FromString(status_of(error).SerializeToString())
         return flow.caller.encode(id, mirrored)
 
-    # ---- while the server is busy
-
     def _line_up(
-        self, flow: _Flow, data: Any, size: int, start: float, reservation: Reservation
+        self, flow: Flow, data: Any, size: int, start: float, reservation: Reservation
     ) -> Awaitable[None] | None:
         """Let a request wait for its turn. Returns an awaitable that writes the error, if it would
         have to wait for too long.
@@ -330,109 +232,21 @@ class Streams:
         """
         try:
             head = flow.caller.head(data)
+            queued = Queued(self._exchanges, flow, data, size, start, reservation)
+            queued.enter(self._limits.turns, head)
+        except Overloaded as error:
+            reservation.release()
+            return self._refuse(flow, head.id, error.with_traceback(None))
         except BaseException:
             reservation.release()
             raise
-        wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
-        begun: asyncio.Future[Begun] = asyncio.get_running_loop().create_future()
-        begin = partial(self._begin_turn, flow, data, size, start, reservation, begun)
-
-        def refuse(error: Exception) -> None:
-            reservation.release()
-            flow.inflight -= size
-            begun.set_result((start, None, error))
-
-        until = time.monotonic() + wait
-        try:
-            self._limits.turns.enter(flow.caller.client, size, until, begin, refuse)
-        except Exception as error:
-            reservation.release()
-            return self._refuse(flow, head.id, error.with_traceback(None))
         flow.waiting += 1
         flow.inflight += size
-        flow.answers.put_nowait((head.id, begun, reservation))
+        flow.answers.put_nowait((head.id, queued.begun, reservation))
         return None
 
-    def _begin_turn(
-        self,
-        flow: _Flow,
-        data: Any,
-        size: int,
-        start: float,
-        reservation: Reservation,
-        begun: asyncio.Future[Begun],
-    ) -> None:
-        """Decode and start a request that has waited for its turn, and complete ``begun``."""
-        if flow.gone or flow.broken is not None:
-            self._drop(flow, reservation, begun)
-            return
-        turns = self._limits.turns
-        try:
-            read = self._exchanges.read_at_once(flow.caller.decode, data, size)
-        except Exception as error:
-            self._drop(flow, reservation, begun)
-            self._break(flow, error.with_traceback(None))
-            return
-        if read is None:
-            work = asyncio.ensure_future(self._begin_large(flow, data, start, reservation, begun))
-            turns.block(flow.caller.client, work)
-            turns.working(work, size)
-            return
-        self._begin_read(flow, read, start, reservation, begun)
-        running = begun.result()[2]
-        if isinstance(running, asyncio.Future) and not running.done():
-            turns.working(running, size)
-
-    async def _begin_large(
-        self,
-        flow: _Flow,
-        data: Any,
-        start: float,
-        reservation: Reservation,
-        begun: asyncio.Future[Begun],
-    ) -> None:
-        """Do the same as ``_begin_turn`` for a large request: decode it on a worker thread."""
-        try:
-            read = await self._exchanges.read_on_thread(flow.caller.decode, data, reservation)
-            del data
-            self._begin_read(flow, read, start, reservation, begun)
-        except Exception as error:
-            self._drop(flow, reservation, begun)
-            self._break(flow, error.with_traceback(None))
-
-    def _begin_read(
-        self,
-        flow: _Flow,
-        read: Read,
-        start: float,
-        reservation: Reservation,
-        begun: asyncio.Future[Begun],
-    ) -> None:
-        """Start a decoded request that has waited for its turn, and complete ``begun``."""
-        head, checked = read
-        assert head is not None
-        wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
-        until = time.monotonic() + wait - (time.perf_counter() - start)
-        before = reservation.size
-        started = self._exchanges.begin(checked, start, until, reservation, flow.lane)
-        flow.inflight += reservation.size - before
-        begun.set_result(started)
-
-    def _drop(self, flow: _Flow, reservation: Reservation, begun: asyncio.Future[Begun]) -> None:
-        """Forget a request that has waited for its turn, because nobody will read its reply."""
-        flow.inflight -= reservation.size
-        reservation.release()
-        begun.cancel()
-
-    def _break(self, flow: _Flow, error: Exception) -> None:
-        """End a stream because one of its requests, which had to wait, cannot be decoded."""
-        if flow.broken is None:
-            flow.broken = error
-            if flow.reader is not None:
-                flow.reader.cancel()
-
     async def _accept_large(
-        self, flow: _Flow, data: Any, start: float, reservation: Reservation
+        self, flow: Flow, data: Any, start: float, reservation: Reservation
     ) -> None:
         """Decode an admitted request on a worker thread, start it, and add its result to
         ``flow.answers``.
@@ -450,7 +264,7 @@ class Streams:
             await written
 
     def _begin(
-        self, flow: _Flow, read: Read, start: float, reservation: Reservation
+        self, flow: Flow, read: Read, start: float, reservation: Reservation
     ) -> Awaitable[None] | None:
         """Start a decoded request and add its result to ``flow.answers``.
 
@@ -475,7 +289,7 @@ class Streams:
         flow.answers.put_nowait((head.id, begun, reservation))
         return None
 
-    async def _write_now(self, flow: _Flow, data: bytes, reservation: Reservation) -> None:
+    async def _write_now(self, flow: Flow, data: bytes, reservation: Reservation) -> None:
         """Write an encoded reply on the task that reads, and release its reservation."""
         try:
             await flow.caller.write(data)
@@ -484,7 +298,7 @@ class Streams:
         finally:
             reservation.release()
 
-    async def _write(self, flow: _Flow) -> None:
+    async def _write(self, flow: Flow) -> None:
         """Wait for each result in ``flow.answers`` and send it to the client, until None is queued.
 
         If sending fails, the client is gone: later results are discarded.
@@ -496,8 +310,8 @@ class Streams:
             try:
                 if isinstance(begun, asyncio.Future):
                     await asyncio.wait((begun,))
-                    begun = _NOTHING if begun.cancelled() else begun.result()
-                if begun is not _NOTHING:
+                    begun = NOTHING if begun.cancelled() else begun.result()
+                if begun is not NOTHING:
                     done = await self._exchanges.finish(begun, flow.caller.via)
                     data = b"" if flow.gone else encode(id, done)
                     del done
