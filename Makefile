@@ -112,6 +112,7 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.trainers
 	$(RUN) -m benchmarks.scale
+	$(RUN) -m benchmarks.metrics
 	$(RUN) -m benchmarks.durability
 	$(RUN) -m benchmarks.checkpoint
 	$(RUN) -m benchmarks.freshness

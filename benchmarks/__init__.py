@@ -24,5 +24,6 @@ tierbudget.py   memory and disk of a server with more rows than fit into memory
 tierlatency.py  pulls of rows in memory while the server uses the disk
 tiers.py        tables that are larger than memory: all of the above, and other stores
 restart.py      time from the start of a shard until it serves
+metrics.py      cost of counting for the metrics, and of a scrape
 models.py       exported models, and imports of files
 """
