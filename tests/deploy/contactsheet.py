@@ -28,13 +28,12 @@ SECONDS, STEP = 120, 2  # length of the time axis, and distance of two points
 CELL = (66, 36)  # width and height of a cell of Grafana's grid, in pixels
 COLORS = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0")
 UNITS: dict[str, dict[str, Any]] = {  # Grafana's unit -> format of the axis
-    "s": {"exponentformat": "SI", "ticksuffix": "s", "separatethousands": False},
-    "bytes": {"tickformat": ".3~s", "ticksuffix": "B"},
-    "Bps": {"tickformat": ".3~s", "ticksuffix": "B/s"},
-    "reqps": {"tickformat": ".3~s", "ticksuffix": " req/s"},
+    "s": {"exponentformat": "SI", "ticksuffix": "s"},
+    "bytes": {"exponentformat": "SI", "ticksuffix": "B"},
+    "Bps": {"exponentformat": "SI", "ticksuffix": "B/s"},
+    "reqps": {"exponentformat": "SI", "ticksuffix": " req/s"},
     "percentunit": {"tickformat": ".3~%"},
-    "short": {"tickformat": ".4~s"},
-    "dtdurations": {"exponentformat": "SI", "ticksuffix": "s"},
+    "short": {"exponentformat": "SI"},
 }
 HEAD = """<!doctype html><meta charset="utf-8"><title>embedding-ps</title>
 <style>
@@ -136,9 +135,12 @@ def _lines(figure: go.Figure, panel: dict[str, Any], ask: Ask) -> None:
             legend = _legend(target["legendFormat"], series["metric"])
             group = {"stackgroup": "one"} if stacked else {}
             figure.add_scatter(x=x, y=y, name=legend, mode="lines", line={"width": 1.5}, **group)
+    highest = max((max(line.y, default=0) for line in figure.data), default=0)
     for step in defaults.get("thresholds", {}).get("steps", []):
-        if step["value"] is not None:
+        if step["value"] is not None and step["value"] < 4 * highest:  # otherwise it is far above
             figure.add_hline(step["value"], line={"color": "#e02f44", "dash": "dash", "width": 1.5})
+    if not figure.data:
+        figure.add_annotation(text="No data", showarrow=False, font={"size": 16})
     figure.update_yaxes(rangemode="tozero", nticks=6, **UNITS[defaults["unit"]])
 
 

@@ -33,7 +33,7 @@ ON_A_GPU = {f"ps_gpu_{each}" for each in ("bytes", "budget_bytes", "paused")} | 
 # words of PromQL that are neither metrics nor labels
 WORDS = {
     *("and", "or", "unless", "by", "on", "group_left", "sum", "group", "rate", "increase"),
-    *("histogram_quantile", "quantile", "last_over_time", "max", "time"),
+    *("histogram_quantile", "quantile", "last_over_time", "max", "time", "count"),
 }
 
 

@@ -25,7 +25,7 @@ ORDER = (  # of the rows
     *("Overview", "Traffic", "Latency", "Engine", "Tiers", "Admission and eviction"),
     *("Log and freshness", "Checkpoints", "Saturation", "GPU"),
 )
-WIDTH, HEIGHT = 8, 8  # size of a panel, in units of Grafana's grid, which is 24 wide
+WIDTH, HEIGHT = 24, 8  # of the page and of a panel, in cells of Grafana's grid
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 
@@ -51,10 +51,18 @@ def build() -> model.Dashboard:
     rows, ids = {**SERVING, **STORING}, count(1)
     for title in ORDER:
         builder.with_row(dashboard.Row(title).id(next(ids)))
-        for panel in rows.pop(title):
-            builder.with_panel(_drawn(panel).id(next(ids)).span(WIDTH).height(HEIGHT))
+        panels = rows.pop(title)
+        for panel, width in zip(panels, _widths(len(panels)), strict=True):
+            builder.with_panel(_drawn(panel).id(next(ids)).span(width).height(HEIGHT))
     assert not rows, f"rows without a place in ORDER: {list(rows)}"
     return builder.build()
+
+
+def _widths(count: int) -> list[int]:
+    """Return the widths of a row's panels: three on each line, or two where three leave a gap."""
+    pairs = {0: 0, 1: min(count, 4), 2: 2}[count % 3]
+    wide = WIDTH // 2 if count > 1 else WIDTH
+    return [WIDTH // 3] * (count - pairs) + [wide] * pairs
 
 
 def _drawn(panel: Panel) -> timeseries.Panel | heatmap.Panel:

@@ -54,6 +54,12 @@ def quantile(fraction: float, metric: str, by: str, matchers: str = "") -> str:
     return f"histogram_quantile({fraction}, {rate(metric + '_bucket', f'le, {by}', matchers)})"
 
 
-def mean(metric: str, by: str, matchers: str = "") -> str:
-    """Return the expression for the mean of a histogram, by labels."""
-    return f"{rate(metric + '_sum', by, matchers)} / {rate(metric + '_count', by, matchers)}"
+def mean(metric: str, by: str, window: str) -> str:
+    """Return the expression for the mean of a histogram over a time, by labels.
+
+    window  the time, for example "1h"
+    """
+    total, number = (
+        f"sum by ({by}) (increase({of(metric + part)}[{window}]))" for part in ("_sum", "_count")
+    )
+    return f"{total} / {number}"

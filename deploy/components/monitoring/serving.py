@@ -6,19 +6,25 @@ from collections.abc import Mapping
 
 from deploy.components.monitoring.panel import SHARD, Kind, Panel, of, quantile, rate
 
+IN_PHASE = f"{of('ps_phase_seconds')} * on (job, shard) group_left (phase) ({of('ps_phase')} == 1)"
+
 SERVING: Mapping[str, tuple[Panel, ...]] = {
     "Overview": (
         Panel(
             "Shards that serve",
             "short",
-            "1: the shard serves. 0: it starts or recovers. No line: it cannot be scraped.",
-            {SHARD: of("ps_ready")},
+            "Shards that serve requests, and shards that Prometheus reaches. All others start,"
+            " recover, or cannot be reached.",
+            {
+                "reached": f"count({of('ps_ready')})",
+                "serve": f"sum({of('ps_ready')})",
+            },
         ),
         Panel(
-            "Phase",
-            "short",
-            "What each shard is doing, for example recovery or ready.",
-            {f"{SHARD} {{{{phase}}}}": f"{of('ps_phase')} == 1"},
+            "Time in the present phase",
+            "s",
+            "What each shard is doing, for example recovery or ready, and for how long.",
+            {f"{SHARD} {{{{phase}}}}": IN_PHASE},
         ),
         Panel(
             "Failed requests",

@@ -128,8 +128,8 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         Panel(
             "Duration of flushes",
             "s",
-            "Mean time for writing the changed rows to the data directory.",
-            {SHARD: mean("ps_flush_duration_seconds", "shard")},
+            "Mean time for writing the changed rows to the data directory, over ten minutes.",
+            {SHARD: mean("ps_flush_duration_seconds", "shard", "10m")},
         ),
         Panel(
             "Size of rows and log on disk",
@@ -148,10 +148,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             "Duration of checkpoints",
             "s",
             "Mean time that a shard took to write its part of a checkpoint, over the last day.",
-            {
-                SHARD: f"sum by (shard) (increase({of('ps_checkpoint_duration_seconds_sum')}[1d]))"
-                f" / sum by (shard) (increase({of('ps_checkpoint_duration_seconds_count')}[1d]))"
-            },
+            {SHARD: mean("ps_checkpoint_duration_seconds", "shard", "1d")},
         ),
         Panel(
             "Failed flushes and checkpoints",
