@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psclient import Client, Subscriber, Table, admin
+from psclient import Client, Subscriber, Table, Tls, admin
 from psclient.errors import PsError
 
 KEYS = 400_000  # of the table "user", whose rows do not fit into memory
@@ -24,11 +24,12 @@ class Load:
     """Threads that use a cluster, from ``start`` to ``stop``.
 
     addresses   of the shards
+    tls         certificates of the clients
     seconds     after how many seconds something that is rare happens again, such as a checkpoint
     """
 
-    def __init__(self, addresses: Sequence[str], seconds: float) -> None:
-        self._addresses, self._seconds = list(addresses), seconds
+    def __init__(self, addresses: Sequence[str], tls: Tls, seconds: float) -> None:
+        self._addresses, self._tls, self._seconds = list(addresses), tls, seconds
         self._ended = threading.Event()
         self.errors: list[BaseException] = []
         self.steps = 0
@@ -61,7 +62,7 @@ class Load:
             raise self.errors[0]
 
     def _client(self, **options: Any) -> Client:
-        return Client(self._addresses, timeout=60, **options)
+        return Client(self._addresses, timeout=60, tls=self._tls, **options)
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -102,7 +103,10 @@ class Load:
 
     def _follow(self) -> None:
         """Receive all changes of all tables, from now on."""
-        with Subscriber(self._addresses, start="latest") as subscriber:
+        with (
+            self._client() as client,
+            Subscriber(client, start="latest") as subscriber,
+        ):
             while not self._ended.is_set():
                 if subscriber.next(timeout=0.2) is not None:
                     self.changes += 1

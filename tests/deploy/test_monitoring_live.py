@@ -19,6 +19,7 @@ from typing import Any
 
 import contactsheet
 import pytest
+from authority import Authority, Mount
 from load import Load
 from servers import Cluster, eventually
 from tools import program
@@ -37,7 +38,6 @@ FLAGS = (
 )
 ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
     "PsCheckpointDiskLow": "the metrics come from the kubelet of Kubernetes",
-    "PsCertificateExpires": "needs certificates",
     "PsGpuPaused": "needs a GPU",
     "GPU memory of tables A": "needs a GPU",
     "Moves between GPU memory and host memory A": "needs a GPU",
@@ -45,19 +45,44 @@ ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
     "GPU is not used for more rows A": "needs a GPU",
 }
 PANELS: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+
+
+def measured(expression: str) -> str:
+    """Return an expression that has a result if and only if all quantities in it have one.
+
+    The result of ``a > b`` is empty if no ``a`` is greater. That of ``a > bool b`` is 0 or 1.
+    In the same way, ``a unless b`` becomes ``a and b``.
+    """
+    return re.sub(r"(\s)(<|>|==) ", r"\1\2 bool ", expression.replace("unless", "and"))
+
+
 EXPRESSIONS = {
     f"{panel['title']} {target['refId']}": contactsheet.filled(target["expr"])
     for panel in PANELS
     for target in panel.get("targets", [])
-} | {alert.name: alert.expression for alert in alerts.ALERTS}
+} | {alert.name: measured(alert.expression) for alert in alerts.ALERTS}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mount]:
+    """Certificates of one authority, for the servers and for their clients."""
+    authority = Authority()
+    leaves = {"server": authority.server(), "client": authority.client()}
+    mounts = {who: Mount(tmp_path_factory.mktemp("tls") / who) for who in leaves}
+    for who, leaf in leaves.items():
+        mounts[who].put(authority.pem, leaf)
+    return mounts
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    certificates: dict[str, Mount], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """Three shards, most of whose rows do not fit into memory."""
     program("prometheus", in_ci=False)
     url = f"file://{tmp_path_factory.mktemp('checkpoints')}"
-    servers = Cluster(3, *FLAGS, "--checkpoint-url", url, metrics=True).start()
+    flags = [*FLAGS, *certificates["server"].flags, "--checkpoint-url", url]
+    servers = Cluster(3, *flags, metrics=True).start()
     try:
         yield servers
     finally:
@@ -77,7 +102,9 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(
+    cluster: Cluster, certificates: dict[str, Mount], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     """The cluster after a load during which Prometheus, with the project's rules, scraped it."""
     directory = tmp_path_factory.mktemp("watching")
     targets = {str(at): f"127.0.0.1:{cluster.metrics_port + at}" for at in range(cluster.shards)}
@@ -88,7 +115,7 @@ def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
         stack.callback(alertmanager.stop)
         prometheus = Prometheus(directory, targets, _impatient(), alertmanager.port)
         stack.callback(prometheus.stop)
-        load = Load(cluster.addresses, SECONDS / 4).start()
+        load = Load(cluster.addresses, certificates["client"].tls(), SECONDS / 4).start()
         time.sleep(SECONDS)
         end = time.time()
         load.stop()
@@ -106,15 +133,6 @@ def _impatient() -> list[dict[str, Any]]:
     return groups
 
 
-def measured(expression: str) -> str:
-    """Return an expression that has a result if and only if all quantities in it have one.
-
-    The result of ``a > b`` is empty if no ``a`` is greater. That of ``a > bool b`` is 0 or 1.
-    In the same way, ``a unless b`` becomes ``a and b``.
-    """
-    return re.sub(r"(\s)(<|>|==) ", r"\1\2 bool ", expression.replace("unless", "and"))
-
-
 def test_conditions_become_quantities() -> None:
     assert measured("a > 1 and b == 0") == "a > bool 1 and b == bool 0"
     assert measured("a\n> b\n> 0") == "a\n> bool b\n> bool 0"
@@ -123,7 +141,7 @@ def test_conditions_become_quantities() -> None:
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_the_expression_has_a_result(name: str, watched: Watched) -> None:
-    found = watched.prometheus.query(measured(EXPRESSIONS[name]), watched.end)
+    found = watched.prometheus.query(EXPRESSIONS[name], watched.end)
     numbers = [series for series in found if series["value"][1] != "NaN"]
     assert bool(numbers) == (name not in ELSEWHERE), f"{EXPRESSIONS[name]}: {found}"
 

@@ -23,7 +23,7 @@ from deploy.components.monitoring.storing import STORING
 
 ORDER = (  # of the rows
     *("Overview", "Traffic", "Latency", "Engine", "Tiers", "Admission and eviction"),
-    *("Log and freshness", "Checkpoints", "Saturation", "GPU"),
+    *("Log and freshness", "Checkpoints", "Saturation", "Security", "GPU"),
 )
 WIDTH, HEIGHT = 24, 8  # of the page and of a panel, in cells of Grafana's grid
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")

@@ -217,6 +217,19 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             {SHARD: f"{of('process_open_fds')} / {of('process_max_fds')}"},
         ),
     ),
+    "Security": (
+        Panel(
+            "Time until certificates expire",
+            "s",
+            "Time until the certificate of a shard expires, or that of the authority that it"
+            " trusts. The red line is the threshold of an alert. No line without TLS.",
+            {
+                f"{SHARD} {{{{certificate}}}}": of("ps_certificate_expiry_timestamp_seconds")
+                + " - time()"
+            },
+            limit=thresholds.CERTIFICATE_DAYS * 86400,
+        ),
+    ),
     "GPU": (
         Panel(
             "GPU memory of tables",
