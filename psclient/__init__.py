@@ -158,6 +158,7 @@ tools/figures.py                numbers and counts of an analysis, formatted as 
 tools/listing.py                aligned columns of text for the terminal
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
+tools/document.py               the frame that all HTML reports share
 tools/page.py                   an analysis as an HTML page
 tools/bench/plan.py             what a load test sends: mix, keys, tables, clients
 tools/bench/arrivals.py         when the requests of an open loop start
@@ -167,6 +168,13 @@ tools/bench/latencies.py        histograms of latencies, merged over processes
 tools/bench/worker.py           process that sends requests
 tools/bench/result.py           what a run measured
 tools/bench/fleet.py            the tables and processes of a load test
+tools/bench/knee.py             the highest rate at which a cluster keeps its objective
+tools/bench/shards.py           what the shards use during a run
+tools/bench/sizing.py           how many shards a rate needs, in words
+tools/bench/trial.py            a run, or a sweep that finds the knee
+tools/bench/plots.py            plots as HTML and SVG, without scripts
+tools/bench/report.py           a load test as an HTML page
+tools/bench/live.py             figures of a run in the terminal, while it runs
 tools/commands/exits.py         exit statuses, and the status for each error
 tools/commands/output.py        results and errors as text or as JSON
 tools/commands/progress.py      progress bar

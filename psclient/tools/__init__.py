@@ -41,6 +41,7 @@ figures.py                numbers and counts of an analysis, formatted as text
 listing.py                aligned columns of text for the terminal
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
+document.py               the frame that all HTML reports share
 page.py                   an analysis as an HTML page
 bench/plan.py             what a load test sends: mix, keys, tables, clients
 bench/arrivals.py         when the requests of an open loop start
@@ -50,6 +51,13 @@ bench/latencies.py        histograms of latencies, merged over processes
 bench/worker.py           process that sends requests
 bench/result.py           what a run measured
 bench/fleet.py            the tables and processes of a load test
+bench/knee.py             the highest rate at which a cluster keeps its objective
+bench/shards.py           what the shards use during a run
+bench/sizing.py           how many shards a rate needs, in words
+bench/trial.py            a run, or a sweep that finds the knee
+bench/plots.py            plots as HTML and SVG, without scripts
+bench/report.py           a load test as an HTML page
+bench/live.py             figures of a run in the terminal, while it runs
 commands/exits.py         exit statuses, and the status for each error
 commands/output.py        results and errors as text or as JSON
 commands/progress.py      progress bar

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 from string import Template
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from psclient.errors import InvalidArgument
 from psclient.tools.arrow import KeyType
 from psclient.tools.charts import Chart, charts
+from psclient.tools.document import card, document, folded, table, tiles
 from psclient.tools.figures import EXTREMES, LISTS, facts, lines, title
 from psclient.tools.history import Moment
 from psclient.tools.summary import Analysis, RowList
@@ -42,19 +42,16 @@ def page(result: Analysis, moments: Sequence[Moment] = (), *, keys: KeyType = np
         _list_card(head, getattr(result, field), keys) for field, head in LISTS
     )
     figures = {f"chart{i}": {"data": c.data, "layout": c.layout} for i, c in enumerate(drawn)}
-    tiles = "".join(
-        f"<div class=tile><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in facts(result)
+    footer = (
+        f"<footer>The analysis read every row once, in {result.seconds:.2g} s. Counts on either"
+        " side of a threshold are exact. ◆ marks thresholds given by the caller.</footer>"
     )
-    return _PAGE.substitute(
-        title=escape(title(result)),
-        table=escape(result.table),
-        subtitle=escape(title(result).partition(" · ")[2]),
-        seconds=f"{result.seconds:.2g}",
-        tiles=tiles,
-        cards=cards,
-        figures=_json(figures),
-        library=library,
+    return document(
+        title(result),
+        result.table,
+        title(result).partition(" · ")[2],
+        f'{tiles(facts(result))}<div class="cards">{cards}</div>{footer}',
+        scripts=_SCRIPTS.substitute(figures=_json(figures), library=library),
     )
 
 
@@ -79,99 +76,19 @@ def _json(value: Any) -> str:
 
 def _card(id: str, chart: Chart) -> str:
     """Return the HTML of a chart. The plot is drawn in its element with the id ``id``."""
-    return (
-        f"<section class=card><h2>{escape(chart.head)}</h2>"
-        f"<p>{escape(chart.about)}</p><div class=plot id={id}></div>"
-        f"<details><summary>Figures</summary>{_html_table(chart.columns, chart.lines)}</details>"
-        "</section>"
-    )
+    numbers = folded("Figures", table(chart.columns, chart.lines))
+    return card(chart.head, chart.about, f"<div class=plot id={id}></div>{numbers}")
 
 
 def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
     """Return the HTML of a list of extreme rows, titled ``head``; "" if the list is empty."""
     if not len(rows.keys):
         return ""
-    table = _html_table(EXTREMES, lines(rows, keys))
-    heading = f"<h2>{escape(head)}</h2>"
-    return f"<section class='card wide'>{heading}<div class=scroll>{table}</div></section>"
+    inner = f"<div class=scroll>{table(EXTREMES, lines(rows, keys))}</div>"
+    return card(head, "", inner, wide=True)
 
 
-def _html_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table.
-
-    columns  column heads
-    lines    text of the cells, one per column
-    """
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';\
- style-src 'unsafe-inline'; img-src data: blob:">
-<title>$title</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #f5f6f8; --card: #ffffff; --edge: #e1e4e9; --text: #1d2229; --soft: #5d6673;
-  --grid: #e8eaee; --one: #2f6fde; --two: #e07b1a; --three: #159a80;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #111418; --card: #1a1e24; --edge: #2b313a; --text: #e5e8ec; --soft: #98a2b0;
-    --grid: #2a3039; --one: #6ea0ff; --two: #f2a254; --three: #4fc9ad;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-       font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 48px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-header p, .card p, footer { color: var(--soft); }
-header p { margin: 4px 0 20px; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px;
-     margin: 0 0 16px; }
-.tile, .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }
-.tile { padding: 10px 14px; }
-dt { color: var(--soft); font-size: 13px; }
-dd { margin: 0; font-size: 17px; font-weight: 600; font-variant-numeric: tabular-nums;
-     overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr));
-         gap: 16px; }
-.card { padding: 16px 18px; min-width: 0; }
-h2 { font-size: 17px; margin: 0; }
-.card p { margin: 2px 0 6px; font-size: 14px; min-height: 2.9em; }
-.plot { height: 300px; }
-.wide { grid-column: 1 / -1; }
-.scroll { overflow-x: auto; margin-top: 8px; }
-details { margin-top: 6px; }
-summary { cursor: pointer; color: var(--soft); font-size: 14px; }
-table { border-collapse: collapse; width: 100%; font-size: 13px;
-        font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid var(--edge);
-         white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
-footer { margin-top: 24px; font-size: 13px; }
-@media print { details > table { display: table; } .card { break-inside: avoid; } }
-</style>
-</head>
-<body>
-<main>
-<header><h1>$table</h1><p>$subtitle</p></header>
-<dl>$tiles</dl>
-<div class="cards">$cards</div>
-<footer>The analysis read every row once, in $seconds s. Counts on either side of a threshold are
-exact. ◆ marks thresholds given by the caller.</footer>
-</main>
-<script type="application/json" id="figures">$figures</script>
+_SCRIPTS = Template("""<script type="application/json" id="figures">$figures</script>
 <script>$library</script>
 <script>
 "use strict";
@@ -206,6 +123,4 @@ function draw() {
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 </script>
-</body>
-</html>
 """)

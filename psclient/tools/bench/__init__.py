@@ -12,4 +12,11 @@ latencies.py  histograms of latencies, merged over processes
 worker.py     process that sends requests
 result.py     what a run measured
 fleet.py      the tables and processes of a load test
+knee.py       the highest rate at which a cluster keeps its objective
+shards.py     what the shards use during a run
+sizing.py     how many shards a rate needs, in words
+trial.py      a run, or a sweep that finds the knee
+plots.py      plots as HTML and SVG, without scripts
+report.py     a load test as an HTML page
+live.py       figures of a run in the terminal, while it runs
 """

@@ -92,6 +92,7 @@ class Fleet:
         *,
         warmup: float = 1.0,
         on_second: OnSecond | None = None,
+        batch: int | None = None,
     ) -> Result:
         """Send requests, and return what was measured.
 
@@ -100,6 +101,7 @@ class Fleet:
         seconds    duration that is counted
         warmup     seconds before, in which requests are sent but not counted
         on_second  called after the warm-up and after each second, with the sums of all processes
+        batch      keys per request and table, at most those of the plan; None: those of the plan
 
         Raises GeneratorFailed if a process ends early.
         """
@@ -111,6 +113,7 @@ class Fleet:
             "warmup": warmup,
             "seconds": seconds,
             "round": self._rounds,
+            "batch": batch or self.plan.batch,
         }
         inbox: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
         for worker in self._workers:

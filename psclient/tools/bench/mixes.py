@@ -41,10 +41,13 @@ class Mix:
 
     process  number of the process
     seed     of this stream
+
+    batch    keys per request and table; at first those of the plan
     """
 
     def __init__(self, plan: Plan, process: int, seed: tuple[int, ...]) -> None:
         self._plan = plan
+        self.batch = plan.batch
         self._rng = np.random.default_rng(seed)
         self._ranks = Ranks(plan.keys, plan.skew)
         self._churn = Churn(plan.keys, plan.skew, process, plan.processes)
@@ -64,13 +67,13 @@ class Mix:
         return Request("pull", keys, None)
 
     def _known(self) -> list[Keys]:
-        return [key_of(self._ranks.draw(self._rng, self._plan.batch)) for _ in self._plan.names]
+        return [key_of(self._ranks.draw(self._rng, self.batch)) for _ in self._plan.names]
 
     def _recent(self) -> list[Keys]:
-        return [key_of(self._churn.read(self._rng, self._plan.batch)) for _ in self._plan.names]
+        return [key_of(self._churn.read(self._rng, self.batch)) for _ in self._plan.names]
 
     def _new(self) -> list[Keys]:
-        keys = key_of(self._churn.new(self._plan.batch))
+        keys = key_of(self._churn.new(self.batch))
         return [keys] * self._plan.tables
 
 
@@ -104,7 +107,7 @@ class Sender:
             return self._counted(pull, {})
         same = request.push is request.pull and pull is not None
         push = pull if same and pull is not None else self._batches(request.push)
-        gradients = {name: (batch, self._gradients) for name, batch in push.items()}
+        gradients = {name: (batch, self._gradients[: len(batch)]) for name, batch in push.items()}
         if request.kind == "exchange":
             client.exchange(gradients, pull or {}, step=self._step)
         else:

@@ -68,7 +68,8 @@ class Run:
 
     task     {"rate": requests per second of this process, 0: closed loop; "start": monotonic
              seconds at which all processes start; "warmup": seconds that are not counted;
-             "seconds": seconds that are counted, after the warm-up; "round": number of the run}
+             "seconds": seconds that are counted, after the warm-up; "round": number of the run;
+             "batch": keys per request and table}
     senders  one per client
     threads  number of requests in flight at most
     """
@@ -81,6 +82,7 @@ class Run:
         self._first = self._start + task["warmup"]
         self._end = self._first + task["seconds"]
         self._senders, self._mix = senders, mix
+        mix.batch = task["batch"]
         length = task["warmup"] + task["seconds"]
         self._arrivals = Arrivals(max(task["rate"], 1e-9), length, (seed, task["round"], 1))
         self._lock = threading.Lock()

@@ -1,0 +1,368 @@
+"""A load test as one HTML page: figures, plots, and the size of a cluster in words.
+
+The page is self-contained and has no scripts: the browser loads nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+
+from psclient.tools import document
+from psclient.tools.bench.latencies import SHOWN, Latencies
+from psclient.tools.bench.plan import MIXES
+from psclient.tools.bench.plots import STYLE, Axis, Curve, Mark, Plot, drawn, linear, logarithmic
+from psclient.tools.bench.result import Result
+from psclient.tools.bench.sizing import sentences, table
+from psclient.tools.bench.trial import Trial
+from psclient.tools.figures import percent, size
+
+NINES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999)  # labels of the plot of percentiles
+STEPS = 120  # points of a curve of percentiles
+
+WORDS = """
+.words p { color: var(--text); font-size: 15px; min-height: 0; margin: 6px 0; max-width: 75ch; }
+.words .warn { border-left: 3px solid var(--bad); padding-left: 10px; }
+.words strong { font-weight: 600; }
+"""
+
+
+def report(trial: Trial) -> str:
+    """Return a load test as an HTML page."""
+    knee = trial.knee
+    cards = [_verdict(trial)]
+    if knee is not None:
+        cards += [_throughput(trial), _goodput(trial)]
+    cards += [_percentiles(trial), _rates(trial.result), _over_time(trial.result)]
+    cards += [_kinds(trial.result), _settings(trial)]
+    body = f'{document.tiles(_facts(trial))}<div class="cards">{"".join(cards)}</div>'
+    body += (
+        "<footer>Latencies count from the moment at which a request was due, also if it was sent"
+        " later because others were unanswered. Failed requests are not part of them."
+        "</footer>"
+    )
+    return document.document(
+        "Load test" if knee is None else "Load test: knee and recommended rate",
+        f"Load test, mix {trial.plan.mix}: {MIXES[trial.plan.mix]}",
+        f"{_when(trial.time)} · {trial.shards} {'shard' if trial.shards == 1 else 'shards'}"
+        f" · {trial.plan.batch * trial.plan.tables:,} keys per request"
+        f" · {trial.plan.clients} clients",
+        body,
+        style=STYLE + WORDS,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: "123 us", "1.23 ms", "1.2 s"."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def rate(value: float) -> str:
+    """Format a number per second: "1,234", "12.3"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# ---- words and tables
+
+
+def _facts(trial: Trial) -> list[tuple[str, str]]:
+    """Return the tiles."""
+    result, found = trial.result, []
+    if trial.knee is not None:
+        at = trial.knee.at
+        found = [
+            ("recommended rate", f"{rate(trial.knee.recommended)} requests/s"),
+            ("knee", f"{rate(at.rate)} requests/s" if at else "not found"),
+        ]
+    p50, p99, p999 = result.latency.percentiles([50, 99, 99.9])
+    return [
+        *found,
+        ("offered in this run", f"{rate(result.offered)} requests/s"),
+        ("achieved", f"{rate(result.achieved)} requests/s"),
+        ("keys", f"{rate(result.keys)} per second"),
+        ("rows and gradients", f"{size(result.bytes)}/s"),
+        ("p50 latency", duration(p50)),
+        ("p99 latency", duration(p99)),
+        ("p99.9 latency", duration(p999)),
+        ("longest", duration(result.latency.longest)),
+        ("failed", percent(result.failed_share)),
+    ]
+
+
+def _verdict(trial: Trial) -> str:
+    """Return the card that says what the figures mean."""
+    said = []
+    knee = trial.knee
+    if knee is not None:
+        if knee.at is not None:
+            said.append(_knee_text(trial))
+        said += sentences(trial.sizing, wanted=trial.objective.wanted) if trial.sizing else []
+    else:
+        said.append(_run_text(trial))
+    text = "".join(f"<p>{escape(each)}</p>" for each in [*said, *_use_text(trial)])
+    text += "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in trial.result.doubts())
+    lines = table(trial.sizing) if trial.sizing and trial.sizing.recommended else []
+    if lines:
+        columns = ("shards", "requests/s", "keys/s")
+        text += document.folded("Rates of other clusters", document.table(columns, lines))
+    head = "What this test says" if knee is None else "How large a cluster"
+    return document.card(head, "", f"<div class=words>{text}</div>", wide=True)
+
+
+def _knee_text(trial: Trial) -> str:
+    """Return where the knee is, and why less is recommended."""
+    knee, goal = trial.knee, trial.objective
+    assert knee is not None
+    assert knee.at is not None
+    why = f" At {rate(knee.above.rate)}, {knee.why}." if knee.above else " No rate failed."
+    return (
+        f"The knee is at {rate(knee.at.rate)} requests per second: the highest rate at which 99 %"
+        f" of the requests were answered within {duration(goal.p99)}, and all that arrived were"
+        f" answered.{why} The recommended rate is {percent(goal.safety)} of it,"
+        f" {rate(knee.recommended)}: the rest is room for bursts, flushes, checkpoints, and the"
+        " time after a restart."
+    )
+
+
+def _run_text(trial: Trial) -> str:
+    """Return what a run without a sweep showed."""
+    result = trial.result
+    if not result.rate:
+        return (
+            f"Closed loop: {trial.plan.clients} clients, of which each waits for its answer before"
+            f" it sends the next request, made {rate(result.achieved)} requests per second. If the"
+            " server stalls, such clients stop to send, so these latencies do not show what users"
+            " see at a given rate. Use --rate or --sweep for that."
+        )
+    return (
+        f"Open loop: {rate(result.offered)} requests per second arrived, {rate(result.achieved)}"
+        f" succeeded. 99 % of these were answered within"
+        f" {duration(result.latency.percentile(99))}. Use --sweep to find the highest rate."
+    )
+
+
+def _use_text(trial: Trial) -> list[str]:
+    """Return what the shards and the load generator used."""
+    result, said = trial.result, []
+    if trial.uses:
+        cores = ", ".join(f"{each.cores:.2f}" for each in trial.uses)
+        engine = ", ".join(percent(round(each.engine, 3)) for each in trial.uses)
+        noun = "The shard" if len(trial.uses) == 1 else "The shards"
+        said.append(
+            f"{noun} used {cores} cores, and the thread that owns the rows was busy {engine} of the"
+            " time."
+        )
+    own = ", ".join(f"{each:.2f}" for each in result.cores)
+    lag = duration(result.lag.percentile(99))
+    late = "" if not result.rate else f" 99 % of its requests started at most {lag} late."
+    said.append(
+        f"The load generator used {own} cores per process, of {trial.host.cores} of its machine."
+        f"{late}"
+    )
+    return said
+
+
+def _kinds(result: Result) -> str:
+    """Return the card with the latencies of each kind of request, and of failed ones."""
+    columns = ("requests", "count", *(f"p{each:g}" for each in SHOWN), "max")
+    lines = [_line(kind, each) for kind, each in result.kinds.items()]
+    if len(lines) != 1:
+        lines.insert(0, _line("all that succeeded", result.latency))
+    lines.append(_line("same, from their actual start", result.service))
+    lines += [_line(f"failed: {code}", each) for code, each in result.errors.items()]
+    inner = f"<div class=scroll>{document.table(columns, lines)}</div>"
+    about = "Failed requests are counted apart, so that quick refusals do not look like quick answers."
+    return document.card("Requests", about, inner, wide=True)
+
+
+def _line(name: str, each: Latencies) -> list[str]:
+    found = [duration(value) for value in (*each.percentiles(SHOWN), each.longest)]
+    return [name, f"{len(each):,}", *found]
+
+
+def _settings(trial: Trial) -> str:
+    """Return the card with all settings and the facts of the machine."""
+    host, lines = trial.host, [(name, f"{value}") for name, value in trial.plan.as_json().items()]
+    lines += [
+        ("seconds", f"{trial.times.seconds:g}"),
+        ("warm-up", f"{trial.times.warmup:g} s"),
+        ("seconds of a step", f"{trial.times.step:g}"),
+        ("objective for p99", duration(trial.objective.p99)),
+        ("release", trial.release),
+        ("processor", host.processor),
+        ("cores", f"{host.cores}"),
+        ("memory", size(host.memory)),
+        ("system", host.system),
+        ("Python", host.python),
+    ]
+    about = "Everything that is needed to repeat this test, and the machine of the load generator."
+    inner = document.folded("Show", document.table(("setting", "value"), lines))
+    return document.card("Settings", about, inner, wide=True)
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+# ---- plots
+
+
+def _throughput(trial: Trial) -> str:
+    """Return the card with latency by rate, up to the knee and beyond."""
+    knee, goal = trial.knee, trial.objective
+    assert knee is not None
+    points = knee.points
+    curves = [
+        Curve(name, color, [(each.achieved, getattr(each, field)) for each in points])
+        for name, color, field in (
+            ("p50", "one", "p50"),
+            ("p99", "two", "p99"),
+            ("p99.9", "three", "p999"),
+        )
+    ]
+    marks = [Mark(f"objective for p99: {duration(goal.p99)}", "bad", y=goal.p99)]
+    if knee.at is not None:
+        marks += [
+            Mark("knee", "soft", x=knee.at.rate, height=1.0),
+            Mark("recommended", "three", x=knee.recommended, height=0.93),
+        ]
+    values = [value for each in points for value in (each.p50, each.p99, each.p999)]
+    plot = Plot(
+        label="Latency by achieved rate",
+        x=linear("achieved requests per second", _highest(trial), rate),
+        y=logarithmic("latency", [*values, goal.p99], duration),
+        curves=curves,
+        marks=marks,
+    )
+    about = "Latency at rising rates. Beyond the knee, it rises without the rate."
+    return document.card("Throughput and latency", about, drawn(plot) + _points(trial))
+
+
+def _points(trial: Trial) -> str:
+    """Return the table of all rates of a sweep."""
+    assert trial.knee is not None
+    columns = ("rate", "offered", "achieved", "failed", "p50", "p99", "p99.9", "max")
+    lines = [
+        [
+            rate(each.rate),
+            rate(each.offered),
+            rate(each.achieved),
+            percent(each.failed),
+            *map(duration, (each.p50, each.p99, each.p999, each.longest)),
+        ]
+        for each in trial.knee.points
+    ]
+    return document.folded("Figures", document.table(columns, lines))
+
+
+def _goodput(trial: Trial) -> str:
+    """Return the card with the achieved rate by offered rate."""
+    assert trial.knee is not None
+    points = trial.knee.points
+    high = max(_highest(trial))
+    plot = Plot(
+        label="Achieved rate by offered rate",
+        x=linear("offered requests per second", _highest(trial), rate),
+        y=linear("achieved", _highest(trial), rate),
+        curves=[
+            Curve("all are answered", "soft", [(0.0, 0.0), (high, high)], dashed=True),
+            Curve("achieved", "one", [(each.offered, each.achieved) for each in points]),
+        ],
+    )
+    about = "Requests that succeeded, by those that arrived. Below the dashed line, some are missing."
+    return document.card("Offered and achieved", about, drawn(plot))
+
+
+def _highest(trial: Trial) -> list[float]:
+    """Return rates that must be on the axes of a sweep."""
+    assert trial.knee is not None
+    found = [value for each in trial.knee.points for value in (each.offered, each.achieved)]
+    return [*found, trial.knee.recommended, 1.0]
+
+
+def _percentiles(trial: Trial) -> str:
+    """Return the card with the latency at each percentile, in the manner of HdrHistogram."""
+    result = trial.result
+    names = [("from the intended start", "one", result.latency)]
+    if result.rate:
+        names.append(("from the actual start", "two", result.service))
+    curves = [Curve(name, color, _curve(each)) for name, color, each in names]
+    count = max(len(result.latency), 10)
+    shown = [each for each in NINES if _nines(each) <= count]
+    x = Axis("percentile", 1.0, count, [(_nines(each), f"{each:g} %") for each in shown], log=True)
+    values = [y for curve in curves for _, y in curve.points]
+    plot = Plot(
+        label="Latency by percentile",
+        x=x,
+        y=logarithmic("latency", values, duration),
+        curves=curves,
+    )
+    about = (
+        f"How long the slowest requests took, at {rate(result.offered)} requests per second. The"
+        " space between the curves is time that requests waited to be sent."
+    )
+    if not result.rate:
+        about = "How long the slowest requests took, in a closed loop."
+    return document.card("Percentiles", about, drawn(plot))
+
+
+def _curve(each: Latencies) -> list[tuple[float, float]]:
+    """Return points (1 / share of slower requests, latency), up to the longest latency."""
+    count = len(each)
+    if not count:
+        return []
+    shares = [count ** (i / STEPS) for i in range(STEPS + 1)]
+    wanted = [100 * (1 - 1 / share) for share in shares]
+    return list(zip(shares, each.percentiles(wanted), strict=True))
+
+
+def _nines(percentile: float) -> float:
+    """Return 1 / share of slower requests, where a percentile is on the axis."""
+    return 1 / (1 - percentile / 100)
+
+
+def _rates(result: Result) -> str:
+    """Return the card with the rates per second of the run."""
+    series = [each for each in result.series if each.second]
+    failed = [(each.second, sum(each.errors.values()) / each.seconds) for each in series]
+    curves = [
+        Curve("offered", "soft", [(s.second, s.offered / s.seconds) for s in series], dashed=True),
+        Curve("achieved", "one", [(s.second, s.ok / s.seconds) for s in series]),
+    ]
+    if any(value for _, value in failed):
+        curves.append(Curve("failed", "bad", failed))
+    plot = Plot(
+        label="Requests per second, over time",
+        x=_seconds(series),
+        y=linear("requests/s", [y for each in curves for _, y in each.points], rate),
+        curves=curves,
+    )
+    return document.card("Rates over time", "Requests per second of the run.", drawn(plot))
+
+
+def _over_time(result: Result) -> str:
+    """Return the card with the latencies per second of the run."""
+    series = [each for each in result.series if each.second and len(each.latency)]
+    found = [(each.second, each.latency.percentiles([50, 99]), each.latency) for each in series]
+    curves = [
+        Curve("p50", "one", [(second, values[0]) for second, values, _ in found]),
+        Curve("p99", "two", [(second, values[1]) for second, values, _ in found]),
+        Curve("max", "three", [(second, each.longest) for second, _, each in found]),
+    ]
+    plot = Plot(
+        label="Latency over time",
+        x=_seconds(series),
+        y=logarithmic("latency", [y for each in curves for _, y in each.points], duration),
+        curves=curves,
+    )
+    about = "Latency of the requests that were answered in each second."
+    return document.card("Latency over time", about, drawn(plot))
+
+
+def _seconds(series: Sequence[object]) -> Axis:
+    """Return the axis of the seconds of a run."""
+    axis = linear("seconds", [float(max(len(series), 1))], lambda value: f"{value:g}")
+    return Axis(axis.title, 0.0, float(max(len(series), 1)), [t for t in axis.ticks if t[0] <= len(series)])
