@@ -172,6 +172,7 @@ tools/bench/knee.py             the highest rate at which a cluster keeps its ob
 tools/bench/shards.py           what the shards use during a run
 tools/bench/sizing.py           how many shards a rate needs, in words
 tools/bench/trial.py            a run, or a sweep that finds the knee
+tools/bench/words.py            main figures and sentences about a load test
 tools/bench/plots.py            plots as HTML and SVG, without scripts
 tools/bench/report.py           a load test as an HTML page
 tools/bench/live.py             figures of a run in the terminal, while it runs
@@ -188,6 +189,7 @@ tools/commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, 
 tools/commands/repairs.py       psctl verify, repair
 tools/commands/rows.py          psctl export, import
 tools/commands/analyses.py      psctl analyze, inspect
+tools/commands/bench.py         psctl bench
 tools/ctl.py                    the command psctl
 """
 

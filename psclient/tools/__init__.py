@@ -55,6 +55,7 @@ bench/knee.py             the highest rate at which a cluster keeps its objectiv
 bench/shards.py           what the shards use during a run
 bench/sizing.py           how many shards a rate needs, in words
 bench/trial.py            a run, or a sweep that finds the knee
+bench/words.py            main figures and sentences about a load test
 bench/plots.py            plots as HTML and SVG, without scripts
 bench/report.py           a load test as an HTML page
 bench/live.py             figures of a run in the terminal, while it runs
@@ -71,5 +72,6 @@ commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune
 commands/repairs.py       psctl verify, repair
 commands/rows.py          psctl export, import
 commands/analyses.py      psctl analyze, inspect
+commands/bench.py         psctl bench
 ctl.py                    the command psctl
 """

@@ -7,6 +7,7 @@ import os
 from psclient.tools.commands import (
     alter,
     analyses,
+    bench,
     checkpoints,
     cluster,
     doctor,
@@ -16,7 +17,7 @@ from psclient.tools.commands import (
 )
 from psclient.tools.commands.shell import app
 
-COMMANDS = (cluster, doctor, tables, alter, checkpoints, repairs, rows, analyses)
+COMMANDS = (cluster, doctor, tables, alter, checkpoints, repairs, rows, analyses, bench)
 GROUPS = [each.__name__ for each in COMMANDS]
 app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__module__))
 

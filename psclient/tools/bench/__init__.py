@@ -16,6 +16,7 @@ knee.py       the highest rate at which a cluster keeps its objective
 shards.py     what the shards use during a run
 sizing.py     how many shards a rate needs, in words
 trial.py      a run, or a sweep that finds the knee
+words.py      main figures and sentences about a load test
 plots.py      plots as HTML and SVG, without scripts
 report.py     a load test as an HTML page
 live.py       figures of a run in the terminal, while it runs

@@ -35,11 +35,11 @@ STYLE = """
 .legend i { display: inline-block; width: 16px; height: 0; border-top: 3px solid;
             margin-right: 6px; vertical-align: middle; }
 .grid { stroke: var(--grid); stroke-width: 1; }
-.one { stroke: var(--one); border-color: var(--one); }
-.two { stroke: var(--two); border-color: var(--two); }
-.three { stroke: var(--three); border-color: var(--three); }
-.soft { stroke: var(--soft); border-color: var(--soft); }
-.bad { stroke: var(--bad); border-color: var(--bad); }
+.one { stroke: var(--one); color: var(--one); }
+.two { stroke: var(--two); color: var(--two); }
+.three { stroke: var(--three); color: var(--three); }
+.soft { stroke: var(--soft); color: var(--soft); }
+.bad { stroke: var(--bad); color: var(--bad); }
 .line { stroke-width: 2; stroke-linejoin: round; }
 .dash { stroke-dasharray: 6 5; stroke-width: 1.5; }
 .legend i.dash { border-top-style: dashed; border-top-width: 2px; }
@@ -66,13 +66,15 @@ class Mark:
     """A straight line across the plot, at one value of x or of y, with a text.
 
     height  where the text of an x mark is, as a share of the plot's height
+    before  whether the text of an x mark is left of its line
     """
 
     text: str
     color: str
     x: float | None = None
     y: float | None = None
-    height: float = 0.95
+    height: float = 1.0
+    before: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +207,7 @@ def _note(mark: Mark, x: Axis, y: Axis) -> str:
         place = f"left:0;bottom:{100 * y.at(mark.y or 0.0):.2f}%"
     else:
         left = x.at(mark.x)
-        side = f"right:{100 * (1 - left):.2f}%" if left > 0.5 else f"left:{100 * left:.2f}%"
+        side = f"right:{100 * (1 - left):.2f}%" if mark.before else f"left:{100 * left:.2f}%"
         place = f"{side};bottom:calc({100 * mark.height:.0f}% - 1.2em)"
     return f"<span class=note style='{place}'>{escape(mark.text)}</span>"
 
@@ -220,11 +222,11 @@ def _v(share: float) -> str:
 
 def _round_down(value: float) -> float:
     """Return the largest of 1, 2, 5 times a power of ten that is at most ``value``."""
-    power = 10 ** math.floor(math.log10(value) + 1e-9)
+    power = 10.0 ** math.floor(math.log10(value) + 1e-9)
     return max(each * power for each in (1, 2, 5) if each * power <= value * 1.0001)
 
 
 def _round_up(value: float) -> float:
     """Return the smallest of 1, 2, 5 times a power of ten that is at least ``value``."""
-    power = 10 ** math.floor(math.log10(value) + 1e-9)
+    power = 10.0 ** math.floor(math.log10(value) + 1e-9)
     return min(each * power for each in (1, 2, 5, 10) if each * power >= value * 0.9999)

@@ -14,17 +14,22 @@ from psclient.tools.bench.latencies import SHOWN, Latencies
 from psclient.tools.bench.plan import MIXES
 from psclient.tools.bench.plots import STYLE, Axis, Curve, Mark, Plot, drawn, linear, logarithmic
 from psclient.tools.bench.result import Result
-from psclient.tools.bench.sizing import sentences, table
+from psclient.tools.bench.sizing import table
 from psclient.tools.bench.trial import Trial
+from psclient.tools.bench.words import doubts, duration, facts, rate, verdict
 from psclient.tools.figures import percent, size
 
-NINES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999)  # labels of the plot of percentiles
+NINES = (50.0, 90.0, 99.0, 99.9, 99.99, 99.999)  # labels of the plot of percentiles
 STEPS = 120  # points of a curve of percentiles
 
 WORDS = """
-.words p { color: var(--text); font-size: 15px; min-height: 0; margin: 6px 0; max-width: 75ch; }
+dl { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.words { display: flex; flex-wrap: wrap; gap: 8px 32px; }
+.words > div { flex: 1 1 300px; max-width: 75ch; min-width: 0; }
+.words > aside { flex: 1 1 260px; min-width: 0; }
+.words h3 { font-size: 14px; margin: 6px 0; color: var(--soft); font-weight: 500; }
+.words p { color: var(--text); font-size: 15px; min-height: 0; margin: 6px 0; }
 .words .warn { border-left: 3px solid var(--bad); padding-left: 10px; }
-.words strong { font-weight: 600; }
 """
 
 
@@ -34,9 +39,13 @@ def report(trial: Trial) -> str:
     cards = [_verdict(trial)]
     if knee is not None:
         cards += [_throughput(trial), _goodput(trial)]
-    cards += [_percentiles(trial), _rates(trial.result), _over_time(trial.result)]
+    cards += [
+        _percentiles(trial, wide=knee is None),
+        _rates(trial.result),
+        _over_time(trial.result),
+    ]
     cards += [_kinds(trial.result), _settings(trial)]
-    body = f'{document.tiles(_facts(trial))}<div class="cards">{"".join(cards)}</div>'
+    body = f'{document.tiles(facts(trial))}<div class="cards">{"".join(cards)}</div>'
     body += (
         "<footer>Latencies count from the moment at which a request was due, also if it was sent"
         " later because others were unanswered. Failed requests are not part of them."
@@ -53,116 +62,19 @@ def report(trial: Trial) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Format a duration: "123 us", "1.23 ms", "1.2 s"."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def rate(value: float) -> str:
-    """Format a number per second: "1,234", "12.3"."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 # ---- words and tables
-
-
-def _facts(trial: Trial) -> list[tuple[str, str]]:
-    """Return the tiles."""
-    result, found = trial.result, []
-    if trial.knee is not None:
-        at = trial.knee.at
-        found = [
-            ("recommended rate", f"{rate(trial.knee.recommended)} requests/s"),
-            ("knee", f"{rate(at.rate)} requests/s" if at else "not found"),
-        ]
-    p50, p99, p999 = result.latency.percentiles([50, 99, 99.9])
-    return [
-        *found,
-        ("offered in this run", f"{rate(result.offered)} requests/s"),
-        ("achieved", f"{rate(result.achieved)} requests/s"),
-        ("keys", f"{rate(result.keys)} per second"),
-        ("rows and gradients", f"{size(result.bytes)}/s"),
-        ("p50 latency", duration(p50)),
-        ("p99 latency", duration(p99)),
-        ("p99.9 latency", duration(p999)),
-        ("longest", duration(result.latency.longest)),
-        ("failed", percent(result.failed_share)),
-    ]
 
 
 def _verdict(trial: Trial) -> str:
     """Return the card that says what the figures mean."""
-    said = []
-    knee = trial.knee
-    if knee is not None:
-        if knee.at is not None:
-            said.append(_knee_text(trial))
-        said += sentences(trial.sizing, wanted=trial.objective.wanted) if trial.sizing else []
-    else:
-        said.append(_run_text(trial))
-    text = "".join(f"<p>{escape(each)}</p>" for each in [*said, *_use_text(trial)])
-    text += "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in trial.result.doubts())
-    lines = table(trial.sizing) if trial.sizing and trial.sizing.recommended else []
-    if lines:
-        columns = ("shards", "requests/s", "keys/s")
-        text += document.folded("Rates of other clusters", document.table(columns, lines))
-    head = "What this test says" if knee is None else "How large a cluster"
-    return document.card(head, "", f"<div class=words>{text}</div>", wide=True)
-
-
-def _knee_text(trial: Trial) -> str:
-    """Return where the knee is, and why less is recommended."""
-    knee, goal = trial.knee, trial.objective
-    assert knee is not None
-    assert knee.at is not None
-    why = f" At {rate(knee.above.rate)}, {knee.why}." if knee.above else " No rate failed."
-    return (
-        f"The knee is at {rate(knee.at.rate)} requests per second: the highest rate at which 99 %"
-        f" of the requests were answered within {duration(goal.p99)}, and all that arrived were"
-        f" answered.{why} The recommended rate is {percent(goal.safety)} of it,"
-        f" {rate(knee.recommended)}: the rest is room for bursts, flushes, checkpoints, and the"
-        " time after a restart."
-    )
-
-
-def _run_text(trial: Trial) -> str:
-    """Return what a run without a sweep showed."""
-    result = trial.result
-    if not result.rate:
-        return (
-            f"Closed loop: {trial.plan.clients} clients, of which each waits for its answer before"
-            f" it sends the next request, made {rate(result.achieved)} requests per second. If the"
-            " server stalls, such clients stop to send, so these latencies do not show what users"
-            " see at a given rate. Use --rate or --sweep for that."
-        )
-    return (
-        f"Open loop: {rate(result.offered)} requests per second arrived, {rate(result.achieved)}"
-        f" succeeded. 99 % of these were answered within"
-        f" {duration(result.latency.percentile(99))}. Use --sweep to find the highest rate."
-    )
-
-
-def _use_text(trial: Trial) -> list[str]:
-    """Return what the shards and the load generator used."""
-    result, said = trial.result, []
-    if trial.uses:
-        cores = ", ".join(f"{each.cores:.2f}" for each in trial.uses)
-        engine = ", ".join(percent(round(each.engine, 3)) for each in trial.uses)
-        noun = "The shard" if len(trial.uses) == 1 else "The shards"
-        said.append(
-            f"{noun} used {cores} cores, and the thread that owns the rows was busy {engine} of the"
-            " time."
-        )
-    own = ", ".join(f"{each:.2f}" for each in result.cores)
-    lag = duration(result.lag.percentile(99))
-    late = "" if not result.rate else f" 99 % of its requests started at most {lag} late."
-    said.append(
-        f"The load generator used {own} cores per process, of {trial.host.cores} of its machine."
-        f"{late}"
-    )
-    return said
+    text = "".join(f"<p>{escape(each)}</p>" for each in verdict(trial))
+    text += "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in doubts(trial))
+    inner = f"<div>{text}</div>"
+    if trial.sizing and trial.sizing.recommended:
+        numbers = document.table(("shards", "requests/s", "keys/s"), table(trial.sizing))
+        inner += f"<aside><h3>Recommended rates of other clusters</h3>{numbers}</aside>"
+    head = "What this test says" if trial.knee is None else "How large a cluster"
+    return document.card(head, "", f"<div class=words>{inner}</div>", wide=True)
 
 
 def _kinds(result: Result) -> str:
@@ -174,7 +86,9 @@ def _kinds(result: Result) -> str:
     lines.append(_line("same, from their actual start", result.service))
     lines += [_line(f"failed: {code}", each) for code, each in result.errors.items()]
     inner = f"<div class=scroll>{document.table(columns, lines)}</div>"
-    about = "Failed requests are counted apart, so that quick refusals do not look like quick answers."
+    about = (
+        "Failed requests are counted apart, so that quick refusals do not look like quick answers."
+    )
     return document.card("Requests", about, inner, wide=True)
 
 
@@ -226,8 +140,8 @@ def _throughput(trial: Trial) -> str:
     marks = [Mark(f"objective for p99: {duration(goal.p99)}", "bad", y=goal.p99)]
     if knee.at is not None:
         marks += [
-            Mark("knee", "soft", x=knee.at.rate, height=1.0),
-            Mark("recommended", "three", x=knee.recommended, height=0.93),
+            Mark("knee", "soft", x=knee.at.rate),
+            Mark("recommended", "soft", x=knee.recommended, before=True),
         ]
     values = [value for each in points for value in (each.p50, each.p99, each.p999)]
     plot = Plot(
@@ -238,7 +152,8 @@ def _throughput(trial: Trial) -> str:
         marks=marks,
     )
     about = "Latency at rising rates. Beyond the knee, it rises without the rate."
-    return document.card("Throughput and latency", about, drawn(plot) + _points(trial))
+    inner = drawn(plot) + _points(trial)
+    return document.card("Throughput and latency", about, inner, wide=True)
 
 
 def _points(trial: Trial) -> str:
@@ -272,7 +187,9 @@ def _goodput(trial: Trial) -> str:
             Curve("achieved", "one", [(each.offered, each.achieved) for each in points]),
         ],
     )
-    about = "Requests that succeeded, by those that arrived. Below the dashed line, some are missing."
+    about = (
+        "Requests that succeeded, by those that arrived. Below the dashed line, some are missing."
+    )
     return document.card("Offered and achieved", about, drawn(plot))
 
 
@@ -283,7 +200,7 @@ def _highest(trial: Trial) -> list[float]:
     return [*found, trial.knee.recommended, 1.0]
 
 
-def _percentiles(trial: Trial) -> str:
+def _percentiles(trial: Trial, *, wide: bool) -> str:
     """Return the card with the latency at each percentile, in the manner of HdrHistogram."""
     result = trial.result
     names = [("from the intended start", "one", result.latency)]
@@ -306,7 +223,7 @@ def _percentiles(trial: Trial) -> str:
     )
     if not result.rate:
         about = "How long the slowest requests took, in a closed loop."
-    return document.card("Percentiles", about, drawn(plot))
+    return document.card("Percentiles", about, drawn(plot), wide=wide)
 
 
 def _curve(each: Latencies) -> list[tuple[float, float]]:
@@ -365,4 +282,6 @@ def _over_time(result: Result) -> str:
 def _seconds(series: Sequence[object]) -> Axis:
     """Return the axis of the seconds of a run."""
     axis = linear("seconds", [float(max(len(series), 1))], lambda value: f"{value:g}")
-    return Axis(axis.title, 0.0, float(max(len(series), 1)), [t for t in axis.ticks if t[0] <= len(series)])
+    return Axis(
+        axis.title, 0.0, float(max(len(series), 1)), [t for t in axis.ticks if t[0] <= len(series)]
+    )

@@ -37,13 +37,19 @@ class Host:
 
 
 class Watch:
-    """Measures the use of all shards, from its creation until ``stop``."""
+    """Measures the use of all shards and of this machine, from its creation on."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._before = _status(client)
+        self._times = _processor_times()
 
-    def stop(self) -> list[ShardUse]:
+    def machine(self) -> float:
+        """Return the share of the processors of this machine that were busy; 0.0: not known."""
+        idle, whole = (new - old for new, old in zip(_processor_times(), self._times, strict=True))
+        return 1 - idle / whole if whole else 0.0
+
+    def shards(self) -> list[ShardUse]:
         """Return the use of each shard; []: a shard does not report it, or was restarted."""
         found = []
         after = _status(self._client)
@@ -67,6 +73,16 @@ def _status(client: Client) -> list[pb.GetStatusResponse]:
         ]
     except PsError:
         return []
+
+
+def _processor_times() -> tuple[int, int]:
+    """Return the idle time of all processors since the system started, and their whole time."""
+    try:
+        line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return 0, 0
+    times = [int(each) for each in line.split()[1:9]]
+    return times[3] + times[4], sum(times)
 
 
 def host() -> Host:

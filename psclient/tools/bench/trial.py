@@ -47,6 +47,7 @@ class Trial:
 
     result  of the single run, or of the run at the recommended rate
     uses    what the shards used during that run; []: not known
+    busy    share of the processors of the load generator's machine that were busy meanwhile
     closed  of the closed loop before a sweep; None: there was none
     knee    of the sweep; None: there was none
     cost    of a request, measured after a sweep; None: it was not measured
@@ -59,6 +60,7 @@ class Trial:
     row_bytes: float  # memory per row
     result: Result
     uses: Sequence[ShardUse]
+    busy: float
     closed: Result | None = None
     knee: Knee | None = None
     cost: Cost | None = None
@@ -91,11 +93,21 @@ class Trial:
             "shards": self.shards,
             "row_bytes": self.row_bytes,
             "shard_use": [asdict(each) for each in self.uses],
+            "machine_busy": self.busy,
             "result": self.result.as_json(),
             "closed": self.closed.as_json() if self.closed else None,
             "knee": asdict(self.knee) if self.knee else None,
             "cost": asdict(self.cost) if self.cost else None,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run: its result, what the shards used, how busy this machine was, after the warm-up."""
+
+    result: Result
+    uses: Sequence[ShardUse]
+    busy: float
 
 
 class Runner:
@@ -123,8 +135,7 @@ class Runner:
 
     def single(self, rate: float) -> Trial:
         """Run at one rate; 0: a closed loop."""
-        result, uses = self._run("run", rate, self._times.seconds)
-        return self._trial(result, uses)
+        return self._trial(self._run("run", rate, self._times.seconds))
 
     def sweep(self, first: float = 0.0) -> Trial:
         """Find the knee, measure the cost of requests, and run at the recommended rate.
@@ -133,7 +144,7 @@ class Runner:
         """
         closed = None
         if not first:
-            closed, _ = self._run("closed loop", 0.0, self._times.step)
+            closed = self._run("closed loop", 0.0, self._times.step).result
             first = max(closed.achieved * FIRST, 1.0)
         knee = sweep(
             self._measure,
@@ -142,28 +153,26 @@ class Runner:
             safety=self._objective.safety,
         )
         if not knee.recommended:
-            result, uses = self._run("lowest rate", knee.points[0].rate, self._times.seconds)
-            return self._trial(result, uses, closed=closed, knee=knee)
-        result, uses = self._run("recommended rate", knee.recommended, self._times.seconds)
-        cost = self._cost(result, uses)
-        return self._trial(result, uses, closed=closed, knee=knee, cost=cost)
+            run = self._run("lowest rate", knee.points[0].rate, self._times.seconds)
+            return self._trial(run, closed=closed, knee=knee)
+        run = self._run("recommended rate", knee.recommended, self._times.seconds)
+        return self._trial(run, closed=closed, knee=knee, cost=self._cost(run))
 
-    def _trial(self, result: Result, uses: Sequence[ShardUse], **found: Any) -> Trial:
+    def _trial(self, run: _Run, **found: Any) -> Trial:
         return Trial(
             plan=self._fleet.plan,
             objective=self._objective,
             times=self._times,
             shards=self._shards,
             row_bytes=self._fleet.row_bytes,
-            result=result,
-            uses=uses,
+            result=run.result,
+            uses=run.uses,
+            busy=run.busy,
             **found,
         )
 
-    def _run(
-        self, what: str, rate: float, seconds: float, batch: int | None = None
-    ) -> tuple[Result, list[ShardUse]]:
-        """Run once; return the result, and what the shards used after the warm-up."""
+    def _run(self, what: str, rate: float, seconds: float, batch: int | None = None) -> _Run:
+        """Run once."""
         if self._on_run is not None:
             self._on_run(what, rate)
         watches: list[Watch] = []
@@ -177,29 +186,31 @@ class Runner:
         result = self._fleet.run(
             rate, seconds, warmup=self._times.warmup, on_second=ended, batch=batch
         )
-        return result, watches[0].stop() if watches else []
+        if not watches:
+            return _Run(result, [], 0.0)
+        return _Run(result, watches[0].shards(), watches[0].machine())
 
     def _measure(self, rate: float) -> Point:
         """Run one step of the sweep."""
-        result, _ = self._run("sweep", rate, self._times.step)
-        return point_of(result)
+        return point_of(self._run("sweep", rate, self._times.step).result)
 
-    def _cost(self, whole: Result, used: Sequence[ShardUse]) -> Cost | None:
+    def _cost(self, whole: _Run) -> Cost | None:
         """Return the processor time of the shards per request; run once more, with fewer keys.
 
-        whole, used  run with all keys, and what the shards used
+        whole  run with all keys
         """
         plan = self._fleet.plan
         fewer = plan.batch // SMALLER
         if fewer < LEAST_KEYS:
             return None
-        part, less = self._run("fewer keys per request", whole.rate, self._times.seconds, fewer)
+        rate = whole.result.rate
+        part = self._run("fewer keys per request", rate, self._times.seconds, fewer)
         measured = []
-        for batch, result, uses in ((plan.batch, whole, used), (fewer, part, less)):
-            if not uses or not result.achieved:
+        for batch, run in ((plan.batch, whole), (fewer, part)):
+            if not run.uses or not run.result.achieved:
                 return None
-            cores = sum(each.cores for each in uses) / len(uses)
-            measured.append((batch * plan.tables / self._shards, cores / result.achieved))
+            cores = sum(each.cores for each in run.uses) / len(run.uses)
+            measured.append((batch * plan.tables / self._shards, cores / run.result.achieved))
         return cost_of(measured)
 
 

@@ -116,7 +116,9 @@ class Run:
     def _tell(self, totals: Totals, second: int) -> None:
         """Add the requests that ended since the last call to the totals, and write their line."""
         sent = [self._sent.popleft() for _ in range(len(self._sent))]
-        offered = [self._offered.popleft() for _ in range(len(self._offered))]
+        now, offered = time.monotonic(), []
+        while self._offered and self._offered[0] <= now:  # those that are due; they are ascending
+            offered.append(self._offered.popleft())
         totals.add(sent, offered)
         part = Latencies()
         good = [each for each in sent if not each.error]

@@ -13,4 +13,5 @@ checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune
 repairs.py       psctl verify, repair
 rows.py          psctl export, import
 analyses.py      psctl analyze, inspect
+bench.py         psctl bench
 """

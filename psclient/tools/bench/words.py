@@ -1,0 +1,134 @@
+"""A load test in words: its main figures, and sentences that say what they mean."""
+
+from __future__ import annotations
+
+from psclient.tools.bench.sizing import sentences
+from psclient.tools.bench.trial import Trial
+from psclient.tools.figures import percent, size
+
+FULL = 0.95  # share of busy processors beyond which a machine may be the bottleneck
+IDLE = 0.7  # cores of a shard below which it is not the bottleneck
+
+
+def facts(trial: Trial) -> list[tuple[str, str]]:
+    """Return the main figures, as (name, value)."""
+    result, found = trial.result, []
+    if trial.knee is not None:
+        at = trial.knee.at
+        found = [
+            ("recommended rate", f"{rate(trial.knee.recommended)} requests/s"),
+            ("knee", f"{rate(at.rate)} requests/s" if at else "not found"),
+        ]
+    p50, p99, p999 = result.latency.percentiles([50, 99, 99.9])
+    return [
+        *found,
+        ("offered in this run", f"{rate(result.offered)} requests/s"),
+        ("achieved", f"{rate(result.achieved)} requests/s"),
+        ("keys", f"{rate(result.keys)} per second"),
+        ("rows and gradients", f"{size(result.bytes)}/s"),
+        ("p50 latency", duration(p50)),
+        ("p99 latency", duration(p99)),
+        ("p99.9 latency", duration(p999)),
+        ("longest", duration(result.latency.longest)),
+        ("failed", percent(result.failed_share)),
+    ]
+
+
+def verdict(trial: Trial) -> list[str]:
+    """Return sentences that say what the figures mean, and how large a cluster should be."""
+    said = []
+    if trial.knee is None:
+        said.append(_run_text(trial))
+    elif trial.knee.at is not None:
+        said.append(_knee_text(trial))
+    if trial.sizing is not None:
+        said += sentences(trial.sizing, wanted=trial.objective.wanted)
+    return [*said, *_use_text(trial)]
+
+
+def _knee_text(trial: Trial) -> str:
+    """Return where the knee is, and why less is recommended."""
+    knee, goal = trial.knee, trial.objective
+    assert knee is not None
+    assert knee.at is not None
+    why = f" At {rate(knee.above.rate)}, {knee.why}." if knee.above else " No rate failed."
+    return (
+        f"The knee is at {rate(knee.at.rate)} requests per second: the highest rate at which 99 %"
+        f" of the requests were answered within {duration(goal.p99)}, and all that arrived were"
+        f" answered.{why} The recommended rate is {share(goal.safety)} of it,"
+        f" {rate(knee.recommended)}: the rest is room for bursts, flushes, checkpoints, and the"
+        " time after a restart."
+    )
+
+
+def _run_text(trial: Trial) -> str:
+    """Return what a run without a sweep showed."""
+    result = trial.result
+    if not result.rate:
+        return (
+            f"Closed loop: {trial.plan.clients} clients, of which each waits for its answer before"
+            f" it sends the next request, made {rate(result.achieved)} requests per second. If the"
+            " server stalls, such clients stop to send, so these latencies do not show what users"
+            " see at a given rate. Use --rate or --sweep for that."
+        )
+    return (
+        f"Open loop: {rate(result.offered)} requests per second arrived, {rate(result.achieved)}"
+        f" succeeded. 99 % of these were answered within"
+        f" {duration(result.latency.percentile(99))}. Use --sweep to find the highest rate."
+    )
+
+
+def _use_text(trial: Trial) -> list[str]:
+    """Return what the shards and the load generator used."""
+    result, said = trial.result, []
+    if trial.uses:
+        cores = ", ".join(f"{each.cores:.2f}" for each in trial.uses)
+        noun = "The shard" if len(trial.uses) == 1 else "The shards"
+        engine = max(each.engine for each in trial.uses)
+        rows = f" The thread that owns the rows was busy {share(engine)} of the time."
+        said.append(f"{noun} used {cores} cores in this run.{rows if engine else ''}")
+    own = ", ".join(f"{each:.2f}" for each in result.cores)
+    lag = duration(result.lag.percentile(99))
+    late = "" if not result.rate else f" 99 % of its requests started at most {lag} late."
+    said.append(
+        f"The load generator used {own} cores per process.{late} The processors of its machine were"
+        f" {share(trial.busy)} busy, other programs included."
+    )
+    return said
+
+
+def doubts(trial: Trial) -> list[str]:
+    """Return why the figures may be those of something else than the shards; []: no reason."""
+    found = trial.result.doubts()
+    if trial.busy > FULL:
+        found.append(
+            f"the processors of the load generator's machine were {share(trial.busy)} busy: if the"
+            " shards or other programs run there too, the shards alone carry more than this"
+        )
+    if trial.knee is not None and trial.knee.at is not None and trial.uses:
+        most = max(each.cores for each in trial.uses)
+        most *= trial.knee.at.rate / max(trial.result.achieved, 1.0)
+        if trial.knee.above is not None and most < IDLE:
+            found.append(
+                f"at the knee, the busiest shard used about {most:.2f} cores, so that something"
+                " else was the limit: the load generator, its machine, the network, or the disk."
+                " The rates above are lower bounds"
+            )
+    return found
+
+
+def share(part: float) -> str:
+    """Format a share in whole percents: 0.7 as "70 %"."""
+    return f"{100 * part:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: "123 us", "1.23 ms", "1.2 s"."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def rate(value: float) -> str:
+    """Format a number per second: "1,234", "12.3"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
