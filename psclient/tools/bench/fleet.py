@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ import numpy as np
 from psclient.client import Client
 from psclient.errors import InvalidArgument, PsError, TableNotFound
 from psclient.pending import Pending
+from psclient.tls import Tls
 from psclient.tools.bench.draws import key_of
 from psclient.tools.bench.latencies import Latencies, require
 from psclient.tools.bench.plan import Plan, check_run
@@ -27,7 +28,7 @@ from psclient.tools.bench.result import Result, Second
 HEADSTART = 0.3  # seconds from the order to start until all processes start
 FILL = 20_000  # rows per push while tables are filled
 AHEAD = 4  # pushes in flight while tables are filled
-END_SECONDS = 10.0  # for a process to end, before it is killed
+END_SECONDS = 3.0  # for a process to end, before it is killed
 
 OnSecond = Callable[[Second], Any]
 OnFill = Callable[[int, int], Any]  # called with (rows filled, rows to fill)
@@ -42,7 +43,8 @@ class Fleet:
 
     addresses  of the shards, as Client takes them
     plan       what to send
-    options    further arguments of Client, which must be JSON, for example {"lane": "never"}
+    options    further arguments of Client, for example {"lane": "never"}; those that the plan has
+               (timeout, wire, retry_refused) are ignored
     reuse      use tables that exist already; otherwise InvalidArgument is raised if one exists
     keep       keep the tables at the end. Tables that existed before are always kept
     fill       create a row for each key before the first run, so that pulls find rows
@@ -135,7 +137,7 @@ class Fleet:
     # ---- tables
 
     def _client(self) -> Client:
-        return Client(self._addresses, **{"timeout": 60.0, **self._options})
+        return Client(self._addresses, **{**self._options, "timeout": 60.0})
 
     def _prepare(self) -> None:
         """Create and fill the tables."""
@@ -184,7 +186,10 @@ class Fleet:
     def _start(self) -> None:
         """Start the processes, and wait until their clients are connected."""
         plan = self.plan
-        options = {"timeout": plan.timeout, "wire": plan.wire, "retry_refused": plan.retry_refused}
+        mine = {"timeout": plan.timeout, "wire": plan.wire, "retry_refused": plan.retry_refused}
+        options = {**self._options, **mine}
+        if isinstance(tls := options.get("tls"), Tls):
+            options["tls"] = asdict(tls)
         inbox: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
         for number in range(plan.processes):
             task = {
@@ -193,7 +198,7 @@ class Fleet:
                 "clients": _part(plan.clients, plan.processes, number),
                 "threads": _part(plan.in_flight, plan.processes, number),
                 "addresses": self._addresses,
-                "options": {**options, **self._options},
+                "options": options,
             }
             self._workers.append(_Worker(number))
             self._workers[-1].begin(task, inbox)

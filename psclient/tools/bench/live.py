@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from psclient.tools.bench.latencies import SHOWN, Latencies
 from psclient.tools.bench.result import Second
@@ -58,13 +58,14 @@ class Sums:
 class Board:
     """Shows the last second, the run so far, and all earlier runs; in a ``with`` statement.
 
-    console  where to show them. If it is no terminal, it gets one line per run that has ended
+    console  terminal to show them on
+    note     if ``console`` is no terminal, called with a line of text for each run that has ended
 
     Pass ``begin`` and ``second`` as on_run and on_second of a Runner.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, note: Callable[[str], Any]) -> None:
+        self._note = note
         self._lines: list[list[str]] = []
         self._name = ""
         self._sums, self._last = Sums(), Sums()
@@ -110,7 +111,7 @@ class Board:
         if self._live is None:
             line = zip(COLUMNS[1:], self._lines[-1][1:], strict=True)
             text = ", ".join(f"{name} {value}" for name, value in line)
-            self._console.print(Text(f"{self._lines[-1][0]}: {text}"), soft_wrap=True)
+            self._note(f"{self._lines[-1][0]}: {text}")
 
     def _table(self, *, running: bool) -> Table:
         """Return the table of all runs; ``running``: with those of the run in progress."""

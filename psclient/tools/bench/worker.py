@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from psclient.errors import (
     ServerFailure,
     Unavailable,
 )
+from psclient.tls import Tls
 from psclient.tools.bench.arrivals import Arrivals
 from psclient.tools.bench.latencies import Latencies
 from psclient.tools.bench.mixes import Mix, Request, Sender
@@ -257,9 +259,11 @@ def write(message: dict[str, Any]) -> None:
 
 def connect(task: dict[str, Any], plan: Plan, count: int) -> list[Client]:
     """Return ``count`` connected clients that know the tables."""
-    clients = []
+    clients, options = [], dict(task["options"])
+    if isinstance(options.get("tls"), dict):
+        options["tls"] = Tls(**options["tls"])
     for _ in range(count):
-        client = Client(task["addresses"], **task["options"])
+        client = Client(task["addresses"], **options)
         client._dims.update(dict.fromkeys(plan.names, plan.dim))
         client.pull({name: np.arange(8) for name in plan.names})  # connects, loads the kernels
         clients.append(client)
@@ -272,6 +276,7 @@ def main() -> None:
     Its task is {"plan": Plan.as_json(); "process": its number; "clients": how many it has;
     "threads": most requests in flight; "addresses", "options": arguments of Client}.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
     sys.setswitchinterval(SWITCH_SECONDS)
     task = json.loads(sys.stdin.readline())
     plan, process = plan_of(task["plan"]), task["process"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from psclient.client import Client
 from psclient.tools.bench import latencies
 from psclient.tools.bench.fleet import Fleet
 from psclient.tools.bench.live import Board
@@ -18,23 +16,16 @@ from psclient.tools.bench.plan import MIXES, Plan
 from psclient.tools.bench.report import report
 from psclient.tools.bench.trial import Objective, Runner, Times, Trial
 from psclient.tools.bench.words import doubts, facts, verdict
-from psclient.tools.commands.shell import (
-    DEFAULT,
-    Output,
-    OutputOption,
-    Servers,
-    addresses,
-    app,
-    bar,
-    connected,
-)
+from psclient.tools.commands.progress import bar
+from psclient.tools.commands.shell import Session, command
 from psclient.tools.staged import staged_file
 
 MIX_HELP = "What a request does. " + "; ".join(f"{name}: {about}" for name, about in MIXES.items())
 
 
-@app.command()
+@command()
 def bench(
+    session: Session,
     rate: Annotated[
         float,
         typer.Option(
@@ -123,8 +114,6 @@ def bench(
     html: Annotated[
         Path | None, typer.Option(help="Write a report with plots to this HTML file.")
     ] = None,
-    output: OutputOption = Output.TABLE,
-    servers: Servers = DEFAULT,
 ) -> None:
     """Load a cluster with requests, and show how fast it answers.
 
@@ -152,52 +141,40 @@ def bench(
     )
     objective = Objective(p99=p99_ms / 1e3, safety=safety, wanted=wanted)
     times = Times(seconds=seconds, warmup=warmup, step=step_seconds)
-    with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
-        latencies.require()
-        with ExitStack() as stack:
-            with bar("filling tables", "rows") as show:
-                fleet = Fleet(
-                    addresses(servers),
-                    Plan(**values),  # type: ignore[arg-type]  # Plan checks them
-                    options={"lane": lane},
-                    reuse=reuse,
-                    keep=keep,
-                    fill=fill,
-                    on_fill=show,
-                )
-                stack.enter_context(fleet)
-            trial = _run(fleet, client, objective, times, rate if not sweep else None, rate)
+    latencies.require()
+    with (
+        session.client() as client,
+        staged_file(html) if html else nullcontext() as page,
+        ExitStack() as stack,
+    ):
+        with bar("filling tables", "rows") as show:
+            fleet = Fleet(
+                session.addresses,
+                Plan(**values),  # type: ignore[arg-type]  # Plan checks them
+                options={**client._options, "lane": lane},
+                reuse=reuse,
+                keep=keep,
+                fill=fill,
+                on_fill=show,
+            )
+            stack.enter_context(fleet)
+        with Board(Console(stderr=True), session.note) as board:
+            runner = Runner(
+                fleet,
+                client,
+                objective=objective,
+                times=times,
+                on_run=board.begin,
+                on_second=board.second,
+            )
+            trial = runner.sweep(rate) if sweep else runner.single(rate)
         if page is not None:
             page.write_text(report(trial), encoding="utf-8")
-    _show(trial, output, html)
+    session.show(trial.as_json(), lambda: _print(trial))
 
 
-def _run(
-    fleet: Fleet,
-    client: Client,
-    objective: Objective,
-    times: Times,
-    rate: float | None,
-    first: float,
-) -> Trial:
-    """Run at ``rate``, or, if it is None, a sweep that begins at ``first``; show the progress."""
-    with Board(Console(stderr=True)) as board:
-        runner = Runner(
-            fleet,
-            client,
-            objective=objective,
-            times=times,
-            on_run=board.begin,
-            on_second=board.second,
-        )
-        return runner.sweep(first) if rate is None else runner.single(rate)
-
-
-def _show(trial: Trial, output: Output, html: Path | None) -> None:
-    """Print the result."""
-    if output is Output.JSON:
-        typer.echo(json.dumps(trial.as_json(), indent=1))
-        return
+def _print(trial: Trial) -> None:
+    """Print the main figures, and what they mean."""
     width = max(len(name) for name, _ in facts(trial))
     for name, value in facts(trial):
         typer.echo(f"{name:<{width}}  {value}")
@@ -205,6 +182,4 @@ def _show(trial: Trial, output: Output, html: Path | None) -> None:
     for each in verdict(trial):
         typer.echo(each)
     for each in doubts(trial):
-        typer.echo(f"Doubt: {each}.", err=True)
-    if html is not None:
-        typer.echo(f"Report: {html}", err=True)
+        typer.echo(f"Doubt: {each}.")

@@ -110,6 +110,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
         do("analyze", "t", "--keys", "int64")
         do("analyze", "t", "--checkpoint", "c")
         do("inspect", "t", "7", "--embeddings")
+        do("bench", "--seconds", "0.5", "--warmup", "0", "--keys", "500", "--batch", "10")
         do("evict", "t", "--dry-run")
         do("evict", "s")
         do("tail", "--table", "t", "--start", "snapshot", "--limit", "3")

@@ -1,0 +1,285 @@
+"""Load tests of real servers: what is sent and counted, stalls, refusals, the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from servers import Cluster
+from typer.testing import CliRunner
+
+from psclient import Client
+from psclient.errors import InvalidArgument, PsError
+from psclient.tools import ctl
+from psclient.tools.bench.draws import key_of
+from psclient.tools.bench.fleet import Fleet, GeneratorFailed
+from psclient.tools.bench.latencies import Latencies
+from psclient.tools.bench.mixes import Mix, Request
+from psclient.tools.bench.plan import MIXES, Plan
+from psclient.tools.bench.result import Result, Second
+from psclient.tools.bench.worker import UNSENT
+
+SMALL: dict[str, Any] = {"keys": 2000, "dim": 4, "batch": 50, "clients": 2, "in_flight": 16}
+GRPC = {"lane": "never"}
+
+
+def fleet(cluster: Cluster, name: str, **more: Any) -> Fleet:
+    options = {each: more.pop(each) for each in ("reuse", "keep", "fill") if each in more}
+    plan = Plan(**{"prefix": name, **SMALL, **more})
+    return Fleet(cluster.addresses, plan, options=GRPC, **options)
+
+
+def wanted(plan: Plan, count: int) -> list[Request]:
+    """Return the requests that the process of a plan sends first."""
+    mix = Mix(plan, 0, (plan.seed, 0, 3))
+    return [mix.next() for _ in range(count)]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_tables_have_what_a_mix_must_push(
+    cluster2: Cluster, connect: Callable[..., Client], name: str, mix: str
+) -> None:
+    """Frequencies of all keys on the servers, against those of a model of the requests sent."""
+    with fleet(cluster2, name, mix=mix, tables=2, fill=False, keep=True) as running:
+        results = [running.run(rate, 1.0, warmup=0) for rate in (150, 0)]
+        sent = sum(len(each.latency) for each in results)
+    assert all(not each.errors for each in results)
+    requests = wanted(running.plan, sent)
+    kinds = {kind for each in results for kind in each.kinds}
+    assert kinds == {each.kind for each in requests}
+    pushed = [np.concatenate([*(each.push for each in requests if each.push)])]  # type: ignore[list-item]
+    keys, counts = np.unique(pushed, return_counts=True)
+    client = connect(cluster2)
+    for table in running.plan.names:
+        info = client.describe_table(table)
+        if mix == "C":
+            assert info.rows == 0
+            continue
+        found = client.table(table).pull_rows(keys)
+        assert info.rows == len(keys)
+        assert (found.frequencies == counts // 2).all()  # both tables are in ``pushed``
+        client.drop_table(table)
+    if mix == "C":
+        for table in running.plan.names:
+            client.drop_table(table)
+
+
+def test_figures_agree_with_each_other(cluster1: Cluster, name: str) -> None:
+    seen: list[Second] = []
+    with fleet(cluster1, name, mix="B", processes=2) as running:
+        assert running.row_bytes > 16
+        result = running.run(200, 2.0, warmup=0.5, on_second=seen.append)
+    assert 300 < result.offered * 2 < 500  # 400, sqrt(400) = 20
+    assert abs(result.offered - result.achieved) * 2 < 40
+    assert result.keys == pytest.approx(result.achieved * 50)
+    assert len(result.cores) == 2
+    assert result.seconds == 2.0
+    assert [each.second for each in seen] == [0, 1, 2]
+    assert seen == list(result.series)
+    assert sum(each.ok for each in seen[1:]) == pytest.approx(result.achieved * 2, abs=10)
+    assert set(result.kinds) == {"pull", "push"}
+    assert len(result.latency) == sum(map(len, result.kinds.values()))
+    assert len(result.latency) == len(result.service) == len(result.lag) + result.waited
+    p50, p99 = result.latency.percentiles([50, 99])
+    assert 0 < p50 <= p99 <= result.latency.longest
+    assert json.loads(json.dumps(result.as_json()))["latency"]["count"] == len(result.latency)
+
+
+def stalled(running: Fleet, pid: int, rate: float) -> Result:
+    """Run for 4 s; stop the server for one second in between."""
+
+    def stall() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGCONT)
+
+    def watch(second: Second) -> None:
+        if second.second == 1:
+            threading.Thread(target=stall).start()
+
+    return running.run(rate, 4.0, warmup=0.5, on_second=watch)
+
+
+@pytest.mark.slow
+def test_a_stall_is_seen_whole(start_cluster: Callable[..., Cluster], name: str) -> None:
+    """A server that does not answer for 1 s delays all requests that arrive meanwhile.
+
+    With two requests in flight, only two of about 200 see the stall in their service time, although
+    a quarter of all users waits. The closed loop does not see it either.
+    """
+    cluster = start_cluster(1)
+    [pid] = cluster.pids(0)
+    with fleet(cluster, name, mix="C", in_flight=2) as running:
+        open_ = stalled(running, pid, 200)
+        closed = stalled(running, pid, 0)
+    assert not open_.errors
+    naive, true = open_.service, open_.latency
+    assert naive.percentile(98) < 0.3  # two of about 800 requests: the stall is not there
+    assert closed.latency.percentile(99) < 0.3
+    assert true.percentile(99.9) > 0.9
+    assert (
+        true.percentile(90) > 0.4
+    )  # a quarter of the requests waited, on average half of the stall
+    assert true.longest >= naive.longest
+    assert open_.waited > 100
+    worst = max(open_.series[1:], key=lambda each: each.latency.longest)
+    assert worst.latency.longest > 0.9
+
+
+def test_requests_that_could_not_be_sent_are_counted(cluster1: Cluster, name: str) -> None:
+    """One request in flight, far more are due than one client can send."""
+    with fleet(cluster1, name, mix="F", in_flight=1, clients=1, batch=2000) as running:
+        result = running.run(20_000, 1.0, warmup=0)
+    assert result.offered > 15_000
+    assert result.achieved < 5000
+    unsent = len(result.errors[UNSENT])
+    assert unsent + len(result.latency) == pytest.approx(result.offered, abs=5)
+    assert result.failed == unsent
+    assert result.latency.percentile(50) > result.service.percentile(50)
+
+
+@pytest.mark.slow
+def test_refusals_are_counted_apart(start_cluster: Callable[..., Cluster], name: str) -> None:
+    """A server whose limit of bytes in flight is small refuses some, and answers the others."""
+    size = str(1 << 20)
+    cluster = start_cluster(1, "--max-inflight-bytes", size, "--max-message-bytes", size)
+    with fleet(
+        cluster, name, mix="C", dim=512, batch=400, keys=5000, clients=16, in_flight=16
+    ) as running:
+        result = running.run(0, 2.0, warmup=0)
+        assert result.refused > 0
+        assert set(result.errors) == {"OVERLOADED"}
+        assert len(result.errors["OVERLOADED"]) == result.refused == result.failed
+        assert result.achieved > 0
+        assert 0 < result.failed_share < 1
+        assert sum(each.errors.get("OVERLOADED", 0) for each in result.series) == result.refused
+    with fleet(
+        cluster, name, mix="C", dim=512, batch=400, keys=5000, clients=16, retry_refused=True
+    ) as patient:
+        result = patient.run(0, 2.0, warmup=0)
+    assert not result.errors
+    assert result.achieved > 0
+
+
+# ---- tables and processes
+
+
+def test_tables_are_dropped_unless_they_were_there(
+    cluster1: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster1)
+    mine = client.create_table(f"{name}.0", 4)
+    mine.push([1], np.ones((1, 4), np.float32))
+
+    def there() -> set[str]:
+        return {each.name for each in client.list_tables() if each.name.startswith(name)}
+
+    with (
+        pytest.raises(InvalidArgument, match=f"table '{name}.0' exists"),
+        fleet(cluster1, name, tables=2),
+    ):
+        pass
+    assert there() == {f"{name}.0"}
+    assert mine.describe().rows == 1
+    with fleet(cluster1, name, tables=2, reuse=True):
+        assert there() == {f"{name}.0", f"{name}.1"}
+        assert mine.describe().rows == len({1, *key_of(np.arange(2000)).tolist()})
+    assert there() == {f"{name}.0"}
+    with fleet(cluster1, f"{name}.kept", keep=True, fill=False):
+        pass
+    assert there() == {f"{name}.0", f"{name}.kept.0"}
+    for table in there():
+        client.drop_table(table)
+
+
+def test_a_process_that_ends_early_is_reported(
+    cluster1: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    with (
+        pytest.raises(GeneratorFailed, match="process 0 of the load generator ended"),
+        fleet(cluster1, name, fill=False) as running,
+    ):
+        running._workers[0].process.kill()
+        running.run(10, 1.0)
+    assert not [each for each in connect(cluster1).list_tables() if each.name == f"{name}.0"]
+
+
+def test_a_process_that_cannot_start_says_why(cluster1: Cluster, name: str) -> None:
+    plan = Plan(prefix=name, **SMALL)
+    with (
+        pytest.raises(PsError, match=r"optino|unexpected keyword"),
+        Fleet(cluster1.addresses, plan, options={"optino": 1}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"mix": "A"}, "mix must be one of C, F, X, B, D, got 'A'"),
+        ({"clients": 1, "processes": 2}, r"clients must be in 2\.\.65536, got 1"),
+        ({"skew": -1.0}, r"skew must be in 0\.\.10, got -1.0"),
+        ({"durability": "no"}, "durability must be one of applied, log, fsync, got 'no'"),
+        ({"prefix": ""}, "prefix must be not empty"),
+    ],
+)
+def test_plans_are_checked(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidArgument, match=match):
+        Plan(**settings)
+
+
+# ---- histograms
+
+
+def test_histograms_of_processes_are_merged_without_loss() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.lognormal(-6, 1.5, 30_000)
+    parts = []
+    for some in np.split(drawn, 3):
+        part = Latencies()
+        part.record(some)
+        parts.append(part.encoded())
+    whole = Latencies.merged(parts)
+    assert len(whole) == len(drawn)
+    for percent in (1, 50, 99, 99.9, 99.99):
+        expected = np.percentile(drawn, percent, method="inverted_cdf")
+        assert whole.percentile(percent) == pytest.approx(expected, rel=2e-3, abs=2e-6)
+    assert whole.longest == pytest.approx(drawn.max(), rel=2e-3)
+    assert whole.mean == pytest.approx(drawn.mean(), rel=2e-3)
+    empty = Latencies()
+    assert (len(empty), empty.longest, empty.mean, empty.percentile(99)) == (0, 0.0, 0.0, 0.0)
+
+
+# ---- the command
+
+
+@pytest.mark.slow
+def test_a_sweep_from_the_command_line(cluster2: Cluster, name: str, tmp_path: Path) -> None:
+    words = ["bench", "--sweep", "--mix", "C", "--prefix", name, "--keys", "2000", "--dim", "4"]
+    words += ["--batch", "64", "--seconds", "1", "--warmup", "0.2", "--step-seconds", "0.5"]
+    words += ["--p99-ms", "2000", "--rate", "2000", "--in-flight", "8", "--wanted", "100"]
+    words += ["--html", str(tmp_path / "report.html"), "--output", "json"]
+    done = CliRunner().invoke(ctl.app, words, env={"PSCTL_SERVERS": ",".join(cluster2.addresses)})
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["shards"] == 2
+    assert len(found["shard_use"]) == 2
+    assert found["plan"]["mix"] == "C"
+    assert found["knee"]["points"]
+    rates = [each["rate"] for each in found["knee"]["points"]]
+    assert rates == sorted(rates)
+    assert found["knee"]["recommended"] == pytest.approx(0.7 * found["knee"]["at"]["rate"])
+    assert found["result"]["rate"] == found["knee"]["recommended"]
+    whole = Latencies.merged([found["result"]["latency"]["hdrhistogram"]])
+    assert len(whole) == found["result"]["latency"]["count"]
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    with Client(cluster2.addresses) as client:
+        assert not [each for each in client.list_tables() if each.name.startswith(name)]
