@@ -305,6 +305,7 @@ class _Worker:
     process: subprocess.Popen[str] = field(init=False)
     _inbox: SimpleQueue[tuple[int, dict[str, Any] | None]] = field(init=False)
     _told: list[str] = field(default_factory=list)  # last lines of its standard error
+    _threads: list[threading.Thread] = field(default_factory=list)  # read what it writes
 
     def __post_init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -319,7 +320,8 @@ class _Worker:
         )
         self._inbox = SimpleQueue()
         for work in (self._read, self._listen):
-            threading.Thread(target=work, name="bench-reader", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, daemon=True))
+            self._threads[-1].start()
 
     def begin(
         self, task: dict[str, Any], inbox: SimpleQueue[tuple[int, dict[str, Any] | None]]
@@ -336,7 +338,8 @@ class _Worker:
     def problem(self) -> str:
         """Return why the process ended."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
+            self.process.wait(END_SECONDS)
+            self._threads[1].join(END_SECONDS)
         last = self._told[-1] if self._told else "no message"
         return (
             f"process {self.number} of the load generator ended with status"
@@ -353,16 +356,20 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for thread in self._threads:
+            thread.join()
 
     def _read(self) -> None:
+        """Put the messages of the process into the inbox, until its output ends."""
         assert self.process.stdout is not None
-        with suppress(ValueError):  # closed
-            for line in self.process.stdout:
+        with self.process.stdout as lines:
+            for line in lines:
                 self._inbox.put((self.number, json.loads(line)))
         self._inbox.put((self.number, None))
 
     def _listen(self) -> None:
+        """Keep the last lines of what the process writes to its standard error."""
         assert self.process.stderr is not None
-        with suppress(ValueError):
-            for line in self.process.stderr:
+        with self.process.stderr as lines:
+            for line in lines:
                 self._told = [*self._told[-20:], line.strip()]
