@@ -130,6 +130,7 @@ metrics/scrub.py        metrics of the search for damage on disk
 metrics/lanes.py        metrics of the same-host lane
 metrics/connections.py  metrics of connections
 metrics/certificates.py  metrics of certificates
+metrics/access.py       metrics of the policy, refused callers and the audit log
 metrics/registry.py     all metrics of one server
 page/document.py  the status page as one HTML file
 hostnames.py     the host names that requests over HTTP may have

@@ -80,7 +80,12 @@ class Server:
             config, self._phases, self._stats, self._engine, connections, self._listener.expiries
         )
         self._metrics = Metrics(
-            config, self._phases, self._stats, connections, self._listener.expiries
+            config,
+            self._phases,
+            self._stats,
+            connections,
+            self._guard,
+            self._listener.expiries,
         )
         self._exposition: Exposition | None = None
         self._gpu: Gpu | None = None

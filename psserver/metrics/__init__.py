@@ -18,5 +18,6 @@ scrub.py        the search for damage on disk
 lanes.py        the same-host lane
 connections.py  connections and their incomplete messages
 certificates.py  when certificates expire
+access.py       the policy, refused callers and the audit log
 registry.py     all metrics of one server
 """

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.engine import Engine
+from psserver.metrics.access import AccessCollector
 from psserver.metrics.budgets import BudgetCollector
 from psserver.metrics.certificates import CertificateCollector, Expiries
 from psserver.metrics.connections import ConnectionCollector
@@ -23,6 +24,7 @@ from psserver.metrics.traffic import TrafficCollector
 from psserver.parts import Parts
 from psserver.phase import Phases
 from psserver.scrubber import Scrubber
+from psserver.security.guard import Guard
 from psserver.stats import ServiceStats
 
 
@@ -39,10 +41,12 @@ class Metrics:
         phases: Phases,
         stats: ServiceStats,
         connections: Connections,
+        guard: Guard,
         expiries: Expiries = dict,
     ) -> None:
         """Create the metrics that a server has from its start.
 
+        guard     refuses what the policy does not allow
         expiries  returns use of a certificate -> Unix time at which it expires
         """
         self.registry = CollectorRegistry()
@@ -56,6 +60,7 @@ class Metrics:
             self._budgets,
             ConnectionCollector(connections),
             CertificateCollector(expiries),
+            AccessCollector(guard),
         ):
             self.registry.register(collector)
 

@@ -58,8 +58,9 @@ class _Bucket:
 class Budget:
     """Counts what one principal uses, over all its connections, and refuses what exceeds its limit.
 
-    principal  name, for errors
-    clock      returns monotonic seconds
+    principal   name, for errors
+    on_refused  called for each request that is refused
+    clock       returns monotonic seconds
 
     inflight  bytes of requests and replies in flight
 
@@ -67,9 +68,14 @@ class Budget:
     """
 
     def __init__(
-        self, principal: str, limit: Limit, clock: Callable[[], float] = time.monotonic
+        self,
+        principal: str,
+        limit: Limit,
+        on_refused: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inflight = 0
+        self._on_refused = on_refused
         self._principal = principal
         self._clock = clock
         self.limit(limit)
@@ -109,6 +115,7 @@ class Budget:
         self.inflight -= size
 
     def _exceeded(self, what: str, wait: float) -> BudgetExceeded:
+        self._on_refused()
         seconds = min(max(wait, SHORTEST), LONGEST)
         return BudgetExceeded(
             f"budget of principal {self._principal!r} exceeded: {what}; retry after"

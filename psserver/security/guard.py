@@ -256,7 +256,7 @@ class Guard:
         self.file = file
         self.audit = audit
         self.watching: set[Actor] = set()
-        self.refused = {"UNAUTHENTICATED": 0, "PERMISSION_DENIED": 0}
+        self.refused = dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "BUDGET_EXCEEDED"), 0)
         self._policy = None if file is None else file.first
         self._budgets: dict[str, Budget] = {}
         if self._policy is not None:
@@ -327,6 +327,9 @@ class Guard:
         if self.audit is not None:
             self.audit.refused(actor, reason, verb, table)
 
+    def _count_exceeded(self) -> None:
+        self.refused["BUDGET_EXCEEDED"] += 1
+
     def _take_budgets(self, policy: Policy) -> None:
         """Keep a budget for each principal with limits; counts of known principals stay."""
         budgets = {}
@@ -335,7 +338,7 @@ class Guard:
             if budget is not None and budget.limits != limit:
                 budget.limit(limit)
             if not limit.unlimited:
-                budgets[name] = budget or Budget(name, limit)
+                budgets[name] = budget or Budget(name, limit, self._count_exceeded)
         self._budgets = budgets
 
 

@@ -44,13 +44,18 @@ class PolicyFile:
             self.first = parse(self._data)
         except (OSError, ConfigError) as error:
             raise ConfigError(f"policy_file: {path}: {error}") from error
-        self._problem = ""
+        self._problem = ""  # why the file is not in force; "": it is
         self._stop = threading.Event()
 
     def open(self, take: Callable[[Policy], object]) -> None:
         """Call ``take`` with each new policy from now on, on a thread."""
         run = partial(self._run, take, self.look_seconds)
         threading.Thread(target=run, name="policy", daemon=True).start()
+
+    @property
+    def valid(self) -> bool:
+        """Whether the file, as last read, is the policy in force."""
+        return not self._problem
 
     def close(self) -> None:
         """Stop the thread. Does not wait for a file system that hangs."""

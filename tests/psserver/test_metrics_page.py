@@ -28,10 +28,12 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver import datadir
 from psserver.config import load
+from psserver.metrics.access import AccessCollector
 from psserver.metrics.budgets import _gpu
 from psserver.metrics.certificates import CertificateCollector
 from psserver.metrics.samples import counter
 from psserver.metrics.tables import GPU_COUNTERS
+from psserver.security.guard import guard_of
 from psserver.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -154,10 +156,13 @@ def test_the_page_of_the_documentation_lists_what_a_server_exposes(page: Page) -
         assert listed[name] == metric, name
 
 
-def test_prometheus_finds_nothing_to_complain_about(page: Page) -> None:
+def test_prometheus_finds_nothing_to_complain_about(page: Page, tmp_path: Path) -> None:
     registry = CollectorRegistry()
     registry.register(OfGpu())
     registry.register(CertificateCollector(lambda: {"server": 1.7e9, "ca": 1.8e9}))
+    (tmp_path / "policy.toml").touch()
+    guard = guard_of(tmp_path / "policy.toml", tmp_path / "audit", shard=0)
+    registry.register(AccessCollector(guard))
     for text in (page.text, generate_latest(registry)):
         done = subprocess.run(
             [program("promtool"), "check", "metrics"], input=text, capture_output=True, check=False
