@@ -72,7 +72,7 @@ class Peer:
                 self.figures = _figures(body, self.shard, self.address)
                 self.answered, self.problem = time.monotonic(), ""
             except TimeoutError:
-                self.problem = f"no answer within {FETCH_SECONDS:g} seconds"
+                self.problem = f"nothing came within {FETCH_SECONDS:g} seconds"
             except socket.gaierror:
                 self.problem = f"the host name of {self.address} is not known"
             except OSError as error:

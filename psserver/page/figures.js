@@ -21,7 +21,7 @@ function bytes(value) {
   if (value === null || !isFinite(value)) return "–";
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
   let at = 0;
-  while (value >= 1000 && at < units.length - 1) { value /= 1024; at += 1; }
+  while (value >= 1024 && at < units.length - 1) { value /= 1024; at += 1; }
   return `${at === 0 || value >= 100 ? Math.round(value) : value.toPrecision(3)} ${units[at]}`;
 }
 
@@ -38,6 +38,7 @@ function milliseconds(seconds) {
   if (seconds === null) return "–";
   if (seconds === Infinity) return "> 5 s";
   const value = seconds * 1000;
+  if (value >= 1000) return `${seconds.toPrecision(2)} s`;
   return `${value >= 100 ? Math.round(value) : value.toPrecision(2)} ms`;
 }
 
@@ -192,6 +193,18 @@ function problemsOf(entry, shard) {
   const left = status.certificate_expires ? status.certificate_expires - status.time : Infinity;
   if (left <= 0) say(BAD, "has an expired certificate");
   else if (left < 14 * 86400) say(WARN, `has a certificate that expires in ${duration(left)}`);
-  if (phase === "ready" && status.uptime_seconds < 120) say(WARN, `started ${duration(status.uptime_seconds)} ago`);
   return found;
+}
+
+// Returns the problems of all shards, the worst first.
+function problemsOfAll(entries, shards) {
+  const found = entries.flatMap((entry) => problemsOf(entry, shards.get(entry.shard)));
+  const live = entries.filter((entry) => entry.status && !entry.problem).map((entry) => entry.status);
+  const releases = [...new Set(live.map((status) => status.release))];
+  if (releases.length > 1) found.push([WARN, `The shards have different releases: ${releases.join(", ")}`]);
+  const longest = Math.max(0, ...live.map((status) => status.uptime_seconds));
+  for (const each of live) {
+    if (each.uptime_seconds < 600 && longest > 2 * each.uptime_seconds + 60) found.push([WARN, `Shard ${each.shard} restarted ${duration(each.uptime_seconds)} ago`]);
+  }
+  return found.sort(([a], [b]) => (a === b ? 0 : a === BAD ? -1 : 1));
 }

@@ -14,8 +14,8 @@ function setText(node, text) { if (node.textContent !== text) node.textContent =
 // ---- tables
 
 // Shows rows in a table, and keeps the elements of what has not changed, so that text stays selected.
-//   columns  [name, kind]; kind "text" is left-aligned, "head" names the row, "full" has a line of its
-//            own on small screens
+//   columns  [name, kind]; the text of a kind is left-aligned. "head" names the row. On small screens
+//            "long" is wide, and "full" has a line of its own
 //   rows     {state, cells}; a cell is a text or {text, state, share}
 function fill(id, columns, rows) {
   const table = element(id);
@@ -93,12 +93,12 @@ function showVerdict(state, text, problems) {
 // ---- sections
 
 const plots = {
-  requests: new Plot(element("plots"), "Requests per second", METHODS, count),
-  latency: new Plot(element("plots"), "Latency on the server", ["p50", "p99"], milliseconds),
-  keys: new Plot(element("plots"), "Keys per second", ["keys"], count),
-  busy: new Plot(element("plots"), "Engine busy", ["busiest shard", "mean"], percent),
-  errors: new Plot(element("plots"), "Failed requests per second", ["all", "refused for overload"], count),
-  lag: new Plot(element("plots"), "Subscriber lag", ["slowest"], duration),
+  requests: new Plot(element("plots"), "Requests per second", METHODS, count, 10),
+  latency: new Plot(element("plots"), "Latency on the server", ["p50", "p99"], milliseconds, 0.01),
+  keys: new Plot(element("plots"), "Keys per second", ["keys"], count, 100),
+  busy: new Plot(element("plots"), "Engine busy", ["busiest shard", "mean"], percent, 1),
+  errors: new Plot(element("plots"), "Failed requests per second", ["all", "refused for overload"], count, 1),
+  lag: new Plot(element("plots"), "Subscriber lag", ["slowest"], duration, 1),
 };
 
 function showPlots(live) {
@@ -161,11 +161,11 @@ function showShards(entries) {
         recent ? milliseconds(quantile(latency.bounds, latency.buckets, 0.99)) : "",
         recent && recent.busy !== null ? { text: percent(recent.busy), state: recent.busy > 0.9 ? WARN : "" } : "",
         recent && recent.errors ? { text: count(recent.errors), state: WARN } : recent ? "0" : "",
-        status.subscribers && !dead ? `${status.subscribers.subscribers} (${duration(status.subscribers.lag_seconds)})` : "",
+        !status.subscribers || dead ? "" : status.subscribers.subscribers ? `${status.subscribers.subscribers} (${duration(status.subscribers.lag_seconds)})` : "0",
       ],
     };
   });
-  fill("shards", [["shard", "head"], ["state", "text"], ["address", "text"], ["up"], ["rows"], ["memory of tables"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["failed/s"], ["subscribers (lag)"]], rows);
+  fill("shards", [["shard", "head"], ["state", "text"], ["address", "long"], ["up"], ["rows"], ["memory of tables"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["failed/s"], ["subscribers (lag)"]], rows);
 }
 
 function showMethods(live) {
@@ -221,14 +221,15 @@ function showBudgets(live) {
     const old = worst.get(budget.name);
     if (!old || shareOf(budget) > shareOf(old.budget)) worst.set(budget.name, { budget, entry });
   }
-  const rows = [...worst.values()].map(({ budget, entry }) => {
+  const sorted = [...worst.values()].sort((a, b) => shareOf(b.budget) - shareOf(a.budget));
+  const rows = sorted.map(({ budget, entry }) => {
     const text = isNumber(budget) ? count : bytes, state = budgetState(budget, entry.status);
     return { state, cells: [
       budget.name, String(entry.shard), text(budget.used), budget.limit ? text(budget.limit) : "no limit",
       { text: percent(shareOf(budget)), share: shareOf(budget), state },
     ] };
   });
-  fill("budgets", [["budget", "head"], ["shard"], ["used"], ["limit"], ["share"]], rows);
+  fill("budgets", [["budget", "head"], ["shard"], ["used"], ["limit"], ["share", "share"]], rows);
 }
 
 function showDisk(live) {
@@ -245,12 +246,17 @@ function showDisk(live) {
 }
 
 function showErrors(live) {
-  const errors = live.flatMap(([entry]) => entry.status.recent_errors.map((each) => ({ shard: entry.shard, ...each })));
-  errors.sort((a, b) => b.time - a.time);
-  const rows = errors.slice(0, 32).map((each) => ({ cells: [
-    new Date(each.time * 1000).toLocaleString("en-GB", { hour12: false }), String(each.shard), each.method, { text: each.reason || each.code }, { text: each.message }, count(each.count),
+  const kinds = new Map(); // the same error of several shards is one row
+  for (const [entry] of live) for (const each of entry.status.recent_errors) {
+    const kind = JSON.stringify([each.method, each.code, each.reason, each.message]);
+    const old = kinds.get(kind) || { ...each, time: 0, count: 0, shards: [] };
+    kinds.set(kind, { ...old, time: Math.max(old.time, each.time), count: old.count + each.count, shards: [...old.shards, entry.shard] });
+  }
+  const errors = [...kinds.values()].sort((a, b) => b.time - a.time).slice(0, 32);
+  const rows = errors.map((each) => ({ cells: [
+    new Date(each.time * 1000).toLocaleString("en-GB"), each.shards.join(", "), each.method, each.reason || each.code, each.message, count(each.count),
   ] }));
-  fill("errors", [["time", "head"], ["shard"], ["method", "text"], ["reason", "text"], ["message", "full"], ["times"]], rows);
+  fill("errors", [["newest", "head"], ["shards", "text"], ["method", "text"], ["reason", "text"], ["message", "full"], ["times"]], rows);
   setText(element("no-errors"), rows.length ? "" : "No request has failed since the shards started.");
 }
 
@@ -262,10 +268,8 @@ function show(found) {
     if (entry.status) shards.get(entry.shard).add(entry.status);
   }
   const live = found.shards.filter((entry) => entry.status && !entry.problem).map((entry) => [entry, shards.get(entry.shard)]);
-  const problems = found.shards.flatMap((entry) => problemsOf(entry, shards.get(entry.shard)));
+  const problems = problemsOfAll(found.shards, shards);
   const releases = [...new Set(live.map(([entry]) => entry.status.release))];
-  if (releases.length > 1) problems.push([WARN, `The shards have different releases: ${releases.join(", ")}`]);
-  problems.sort(([a], [b]) => (a === b ? 0 : a === BAD ? -1 : 1));
   const cluster = live.map(([entry]) => entry.status.cluster).find(Boolean);
   setText(element("cluster"), cluster || "embedding-ps");
   setText(element("about"), `release ${releases.join(", ")}, seen from shard ${found.shard}`);

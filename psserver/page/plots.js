@@ -3,9 +3,12 @@
 const KEPT = 600; // points that a plot keeps, one per second
 const PLOT_HEIGHT = 150;
 
+const clockTime = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
+
 class Plot {
-  // lines: names of the lines; text: formats a value
-  constructor(parent, title, lines, text) {
+  // lines: names of the lines; text: formats a value; least: least value at the top of the axis
+  constructor(parent, title, lines, text, least) {
+    this.least = least;
     this.lines = lines;
     this.text = text;
     this.data = [[], ...lines.map(() => [])];
@@ -38,8 +41,11 @@ class Plot {
     const options = {
       width: this.canvas.clientWidth || 300, height: PLOT_HEIGHT,
       legend: { show: false }, cursor: { show: false }, select: { show: false },
-      scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
-      axes: [{ ...axis, space: 70 }, { ...axis, size: 62, space: 26, values: (_, values) => values.map((value) => this.text(value)) }],
+      scales: { y: { range: (_, low, high) => [0, Math.max(this.least, high * 1.1)] } },
+      axes: [
+        { ...axis, space: 80, values: (_, values) => values.map(clockTime) },
+        { ...axis, size: 62, space: 26, values: (_, values) => values.map((value) => (value ? this.text(value).replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, "") : "0")) },
+      ],
       series: [{}, ...this.lines.map((name, at) => ({ label: name, stroke: color(`--s${at % 4}`), width: 2, points: { show: false }, spanGaps: false }))],
     };
     this.plot = new uPlot(options, this.data, this.canvas);

@@ -135,7 +135,7 @@ class TestProblems:
         monkeypatch.setattr(overview, "FRESH_SECONDS", 0.0)
         with socket.create_server((HOST, 0)) as silent:
             address = f"{HOST}:{silent.getsockname()[1]}"
-            assert self.problem(address) == "no answer within 0.3 seconds"
+            assert self.problem(address) == "nothing came within 0.3 seconds"
 
     @pytest.mark.parametrize(
         ("answer", "status", "expected"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sites import Figures, document, get, loop, request, site
 from psproto import ps_pb2 as pb
 from psserver import site as module
 from psserver.hostnames import may_name
+from psserver.page import document as document_module
 
 PATHS = ("/", "/status.json", "/metrics", "/livez", "/readyz")
 
@@ -73,6 +75,14 @@ def test_the_page_is_one_file_whose_policy_allows_its_own_script_alone(port: int
     assert re.fullmatch(r"'sha256-[\w+/=]+'", policy["style-src"])
     assert len(re.findall(rb"<script>", body)) == len(re.findall(rb"<style>", body)) == 1
     assert not re.search(rb"""(src|href)=["'](?!data:|#)""", body)
+
+
+def test_no_script_makes_markup_or_code_of_data() -> None:
+    for script in (Path(document_module.__file__).parent).glob("*.js"):
+        if not script.name.startswith("uPlot"):
+            text = script.read_text()
+            for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval("):
+                assert word not in text, script.name
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/other"])
