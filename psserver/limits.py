@@ -109,6 +109,8 @@ class Limits:
         self.stats = stats
         self.draining = False
         self.turns = Turns()
+        self.turns.observed = stats.queued.add
+        stats.waiting = lambda: self.turns.waiting
         self._clients: WeakValueDictionary[str, Client] = WeakValueDictionary()
         self._config = config
         self._restores = restores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from psserver.recent import RecentErrors
@@ -57,6 +58,8 @@ class ServiceStats:
     waits           seconds that requests waited for rows on disk, by table
     inflight_bytes  bytes reserved at present for requests and replies
     streams         streams open at present
+    queued          seconds that requests waited for their turn, of those that had to
+    waiting         returns the number of requests that wait for their turn at present
     """
 
     def __init__(self) -> None:
@@ -68,6 +71,8 @@ class ServiceStats:
         self.waits: dict[str, Histogram] = {}
         self.inflight_bytes = 0
         self.streams = 0
+        self.queued = Histogram()
+        self.waiting: Callable[[], int] = lambda: 0
         self._crowd = self.crowds[0]
 
     def count_clients(self, clients: int) -> None:

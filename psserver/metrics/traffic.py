@@ -47,12 +47,20 @@ class TrafficCollector(Collector):
             errors.add_metric(what, count)
         yield errors
         yield gauge("ps_streams", "Open client streams.", self._stats.streams)
+        yield gauge(
+            "ps_requests_waiting", "Requests that wait for their turn.", self._stats.waiting()
+        )
+        yield histogram(
+            "ps_request_queue_seconds",
+            "Time that requests waited for their turn, of those that had to wait.",
+            self._stats.queued,
+        )
 
     def _by_lane(self) -> Iterator[Metric]:
         """Yield latency and sizes of requests by method and lane."""
         latency = histogram(
             "ps_request_duration_seconds",
-            "Latency of a request on the server, from decoding to result.",
+            "Latency of a request on the server, from its arrival to its result.",
             labels=BY_LANE,
         )
         received = histogram(

@@ -43,6 +43,25 @@ def lane_clients(cluster: Cluster, shard: int = 0) -> float:
     return cluster.metrics(shard)["ps_lane_clients", Labels()]
 
 
+def test_requests_are_counted_by_lane(cluster1: Cluster, connect: Any, name: str) -> None:
+    def counted() -> dict[str, float]:
+        page = cluster1.metrics(0)
+        found = {}
+        for lane in ("shm", "stream", "unary"):
+            labels = Labels(method="Exchange", lane=lane)
+            found[lane] = page.get(("ps_request_duration_seconds_count", labels), 0.0)
+        return found
+
+    table = summing(connect(cluster1, lane="require"), name)
+    others = connect(cluster1, lane="never"), connect(cluster1, lane="never", transport="unary")
+    before = counted()
+    table.exchange(KEYS, (KEYS, ONES))
+    assert counted() == before | {"shm": before["shm"] + 1}
+    for client in others:
+        client.table(name).exchange(KEYS, (KEYS, ONES))
+    assert counted() == {lane: count + 1 for lane, count in before.items()}
+
+
 def test_a_client_takes_the_lane_by_itself_unless_it_must_not(
     cluster2: Cluster, connect: Any, name: str
 ) -> None:
