@@ -18,6 +18,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import raised
+import sampling
 import squeeze
 from absent import pytest_pycollect_makemodule  # noqa: F401
 from servers import Cluster
@@ -42,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raised.activate()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sampling.mark(items)
     if config.getoption("--cold"):
         items[:], others = squeeze.choose(items)
         config.hook.pytest_deselected(items=others)

@@ -18,6 +18,7 @@ def caught_by(good: list[Object], bad: list[Object]) -> dict[str, list[str]]:
     return {check: what for check, what in found.items() if what}
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_manifest_is_caught(name: str, overlay: str) -> None:

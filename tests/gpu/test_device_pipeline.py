@@ -114,6 +114,7 @@ def train(client: Client, device: str, staleness: int | None) -> tuple[list[floa
     return [loss.item() for loss in losses], found
 
 
+@pytest.mark.slow
 def test_training_equals_modules_that_wait(client: Client, device: str) -> None:
     """With staleness 0 the same numbers, up to the order of sums on the device; else close ones."""
     wanted, rows = train(client, device, None)

@@ -203,6 +203,7 @@ class Twins:
 EXACT = [(n, p) for n, p in CASES if exact(make_optimizer(n, None, p))]
 
 
+@pytest.mark.quick(8)
 @needs_compiler
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "parameters"), EXACT)

@@ -45,6 +45,7 @@ def run(kernels: CpuKernels, optimizer: Optimizer, dim: int) -> tuple[Any, Any, 
     return np.ascontiguousarray(slab.rows), host, slab.rest
 
 
+@pytest.mark.quick(36)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_a_step_has_the_bits_of_the_cpu(

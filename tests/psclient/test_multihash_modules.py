@@ -30,6 +30,7 @@ def client(request: pytest.FixtureRequest, connect: Any) -> Client:
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
 class TestModule:
+    @pytest.mark.quick(6)
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_trains_as_torch_does(
         self, make: Callable[..., MultiHash], kind: Any, combine: str

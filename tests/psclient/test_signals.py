@@ -149,6 +149,7 @@ def test_the_call_that_a_signal_interrupts_does_not_ruin_the_next(
         table.exchange([1], ([2], np.ones((1, DIM), np.float32)))
 
 
+@pytest.mark.quick(2)
 @TRANSPORTS
 @pytest.mark.parametrize("shards", [1, 3])
 def test_an_interrupted_push_is_applied_once_or_not_at_all(

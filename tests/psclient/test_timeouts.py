@@ -177,6 +177,7 @@ class TestLongCalls:
                     call()
                 assert time.monotonic() - begun < 15
 
+    @pytest.mark.slow
     @alone
     def test_an_operation_may_have_begun_before(self) -> None:
         client = Client(["127.0.0.1:1"], timeout=5.0)

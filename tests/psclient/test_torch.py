@@ -151,6 +151,7 @@ class TestNames:
 
 
 class TestTraining:
+    @pytest.mark.quick(4)
     @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
     @pytest.mark.parametrize("mode", ["sum", "mean"])
     @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ class TestDtypes:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_a_compiled_model_trains(self, client: Client, table: Table, backend: str) -> None:
         model = Model(client, table)

@@ -407,6 +407,7 @@ def check_refused(table: Table, case: Case, sent: list[Any]) -> None:
     assert sent == []
 
 
+@pytest.mark.quick(70)
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.fate}: {c.module}: {c.name}" for c in CASES])
 def test_case(table: Table, messages: list[Any], case: Case) -> None:
     if case.fate in (ALIKE, DOCUMENTED, WIDER):

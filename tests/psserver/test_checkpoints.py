@@ -40,6 +40,7 @@ Make = Callable[..., Homes]
 # ---- the whole cluster
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
 def test_every_row_and_its_history_comes_back_on_any_number_of_shards(
     make: Make, shards: int
@@ -234,6 +235,7 @@ class Busy:
         return call()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("seed", range(8))
 def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
     make: Make, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -169,6 +169,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "SMALL_BYTES", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.usefixtures("small")
 def test_a_kill_at_any_step_of_a_flush_loses_and_revives_nothing(tmp_path: Path, seed: int) -> None:

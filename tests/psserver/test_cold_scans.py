@@ -52,6 +52,7 @@ async def stir(node: Node, rng: random.Random) -> None:
                 await node.engine.submit(lambda: demote(node.shard, rng.randint(1, KEYS)))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_snapshot_and_a_catch_up_are_right_wherever_rows_are(tmp_path: Path, seed: int) -> None:
     async def test(node: Node) -> None:

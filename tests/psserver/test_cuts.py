@@ -88,6 +88,7 @@ def assert_free(cluster: Homes) -> None:
     assert cluster.checkpoint("another").name == "another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", ["", "full"])
 def test_it_has_exactly_what_came_before_the_barrier(make: Make, parent: str) -> None:
     source, target = make(2), make(3)

@@ -97,6 +97,7 @@ def test_a_checkpoint_is_deleted_with_all_its_files(cluster: Homes, tmp_path: Pa
         cluster.verify(name)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("wanted", "child"), [("a", "b"), ("b", "c"), ("ab", "c"), ("ac", "b"), ("xz", "y")]
 )
@@ -108,6 +109,7 @@ def test_a_checkpoint_that_another_one_needs_is_kept(
     assert names(cluster) == list("abcxyz")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("wanted", ["c", "bc", "cab", "xyabc"])
 def test_the_newest_of_a_chain_goes_first(cluster: Homes, wanted: str) -> None:
     deleted = delete(cluster, *wanted)
@@ -117,6 +119,7 @@ def test_the_newest_of_a_chain_goes_first(cluster: Homes, wanted: str) -> None:
     assert names(cluster) == sorted(set("abcxyz") - set(wanted))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("keep", "gone"), [(1, "abcxy"), (2, "abc"), (3, "abc"), (4, ""), (6, ""), (100, "")]
 )

@@ -39,6 +39,7 @@ def filled(directory: Path) -> Home:
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_rows_that_change_take_half_as_much_again_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: bool

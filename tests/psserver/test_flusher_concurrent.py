@@ -133,6 +133,7 @@ MEANWHILE = (
 )
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("meanwhile", MEANWHILE)
 @pytest.mark.parametrize("before", [0, 1, 2])
 @pytest.mark.parametrize("restart", [False, True])

@@ -75,6 +75,7 @@ def state(cluster: Homes) -> Any:
 # ---- filled
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_table_is_filled_from_another_whatever_its_optimizer(
     make: Make, source: Homes, optimizer: str

@@ -66,6 +66,7 @@ def anonymous(pid: int) -> int:
     return int(found[1]) << 10
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("method", "request_of", "code"),
     [

@@ -96,6 +96,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.coldrows.LISTED", 3)
 
 
+@pytest.mark.quick(14)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", RULES)
 def test_a_sweep_finds_the_same_rows_wherever_they_are(name: str, seed: int, memory: Path) -> None:
@@ -242,6 +243,7 @@ def test_a_damaged_block_is_skipped_and_the_others_are_swept(memory: Path) -> No
     assert len(tiered.table) == 101
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", ["step", "lru", "lfu"])
 def test_rows_that_move_during_a_sweep_are_evicted_rightly(

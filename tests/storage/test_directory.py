@@ -98,6 +98,7 @@ def test_entries_come_back(count: int) -> None:
     assert [facts(e) for e in found] == [facts(e) for e in entries]
 
 
+@pytest.mark.slow
 def test_many_entries_take_many_blocks() -> None:
     entries = [entry(i, np.arange(20_000) % 2 == 0) for i in range(2000)]
     blocks = list(pack(entries))

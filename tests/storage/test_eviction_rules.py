@@ -123,6 +123,7 @@ def test_what_leaves_is_what_the_rule_says(rule: Eviction, seed: int) -> None:
     assert sweep.counts == {rule.cause: len(wanted)}
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("rule", EVERY, ids=repr)
 @pytest.mark.parametrize(("limit", "most"), [(1, 1), (7, 3), (1000, 1), (3, 1000), (301, 100)])
 def test_slices_make_no_difference(rule: Eviction, limit: int, most: int) -> None:

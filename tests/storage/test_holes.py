@@ -65,6 +65,7 @@ def test_a_reader_keeps_what_it_sees(tmp_path: Path) -> None:
         assert base.bytes < 2 * MIB + LEAST_KEPT
 
 
+@pytest.mark.slow
 def test_random_commits_keep_blocks_and_space(tmp_path: Path) -> None:
     random = np.random.default_rng(4)
     base, live = Base(tmp_path).open(), dict[int, bytes]()

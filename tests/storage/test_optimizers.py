@@ -70,6 +70,7 @@ def test_every_optimizer_has_a_reference() -> None:
     assert list(REFERENCES) == NAMES
 
 
+@pytest.mark.quick(32)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("name", "params"), CASES)
 def test_fifty_steps_agree_with_the_reference(

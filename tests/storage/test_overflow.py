@@ -93,6 +93,7 @@ def is_finite(table: Table) -> bool:
 HUGE = [1e19, 1e25, 1e38, MOST]
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gradient", [*HUGE, *(-g for g in HUGE)])
 def test_a_finite_gradient_leaves_no_infinity_and_no_nan(name: str, gradient: float) -> None:
@@ -205,6 +206,7 @@ def test_a_tame_step_leaves_every_tame_row_finite(
             slab = corners.copy()
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize("lr", [0.0, 1e-6, 1e-3, 1.0, TAME_LR])
 @pytest.mark.parametrize(("name", "params"), CASES)
 @pytest.mark.parametrize("dim", [1, 3])

@@ -103,6 +103,7 @@ def streams() -> list[Any]:
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("draw", "pulls", "share"), streams())
 def test_the_curve_is_that_of_a_simulated_memory(
     draw: Any, pulls: int, share: int, monkeypatch: pytest.MonkeyPatch

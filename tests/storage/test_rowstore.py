@@ -175,6 +175,7 @@ def test_a_push_without_room_changes_nothing_until_rows_are_flushed(cold: ColdTa
     assert len(cold.table) == rows + 1000
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sgd"])
 def test_random_operations_against_a_table_in_memory(

@@ -107,6 +107,7 @@ def test_the_nth_occurrence_admits_however_occurrences_are_split(
     oracle.close()
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(
     "rule", [Counter(threshold=3), Sketch(threshold=3, expected_keys=10_000, error_rate=1e-6)]
 )

@@ -116,6 +116,7 @@ def read_all(scan: ExactScan, world: World, limit: int, busy: int) -> dict[int, 
     raise AssertionError("the scan does not end")
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("seed", range(25))
 def test_an_exact_scan_reads_each_row_once_wherever_it_moves(tiered: Tiered, seed: int) -> None:
     world = World(tiered, seed)
@@ -168,6 +169,7 @@ def find_all(world: World, make: Callable[[], TableScan], after: int, busy: int)
     return found
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("seed", range(25))
 def test_a_scan_of_versions_misses_no_row_that_keeps_its_version(tiered: Tiered, seed: int) -> None:
     world = World(tiered, seed)

@@ -155,6 +155,7 @@ class Twins:
         return used
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("mode", ["late", "random"])
 @pytest.mark.parametrize(("name", "parameters"), EXACT)
 def test_random_operations_in_three_tiers_give_the_bits_of_host_memory(
