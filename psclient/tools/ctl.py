@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from psclient.tools.commands import (
     alter,
     analyses,
@@ -24,5 +22,4 @@ app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__modul
 
 def main() -> None:
     """Run ``psctl``."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # psctl reports errors itself, in one line
     app(prog_name="psctl")
