@@ -30,6 +30,8 @@ KINDS = {
     "StatefulSet": "apps/v1",
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
+    "Certificate": "cert-manager.io/v1",
+    "Issuer": "cert-manager.io/v1",
     "PodMonitor": "monitoring.coreos.com/v1",
     "PrometheusRule": "monitoring.coreos.com/v1",
 }
@@ -65,6 +67,7 @@ def kinds(objects: list[Object]) -> Iterator[str]:
             yield f"two objects are {kind} {name}"
         seen.add((kind, name))
     optional = {"Namespace", "PersistentVolumeClaim", "PodMonitor", "PrometheusRule"}
+    optional |= {"Certificate", "Issuer"}
     for kind in KINDS.keys() - optional - {kind for kind, _ in seen}:
         yield f"there is no {kind}"
 

@@ -11,8 +11,6 @@ from typing import Any
 from checks_objects import container_of, template_of
 from rendering import Object, only
 
-from psserver.listener import HEALTH
-
 PORT_NAME = re.compile(r"(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
 QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 UNITS = {"": Decimal(1), "m": Decimal("0.001")} | {
@@ -132,21 +130,21 @@ def ports(objects: list[Object]) -> Iterator[str]:
 
 
 def probes(objects: list[Object]) -> Iterator[str]:
-    """Each probe asks the server's health service for a name that the server has."""
+    """Each probe asks the HTTP port, which has no TLS, for what it is about."""
     container = container_of(objects)
     numbers = {port["name"]: port["containerPort"] for port in container["ports"]}
-    asked = {"startupProbe": "liveness", "livenessProbe": "liveness", "readinessProbe": "readiness"}
-    for name, health in asked.items():
+    asked = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    for name, path in asked.items():
         probe = container[name]
-        if probe.keys() & HANDLERS != {"grpc"}:
-            yield f"{name}: expected only grpc, got {sorted(probe.keys() & HANDLERS)}"
+        if probe.keys() & HANDLERS != {"httpGet"}:
+            yield f"{name}: expected only httpGet, got {sorted(probe.keys() & HANDLERS)}"
             continue
-        if probe["grpc"]["port"] != numbers["grpc"]:
-            yield f"{name}: port {probe['grpc']['port']} is not the port grpc"
-        if probe["grpc"].get("service", "") not in HEALTH:
-            yield f"{name}: the server has no health name {probe['grpc'].get('service')!r}"
-        elif probe["grpc"]["service"] != health:
-            yield f"{name}: must ask for {health}"
+        if probe["httpGet"]["port"] not in ("metrics", numbers["metrics"]):
+            yield f"{name}: port {probe['httpGet']['port']} is not the port metrics"
+        if probe["httpGet"].keys() != {"path", "port"}:
+            yield f"{name}: needs path and port, got {sorted(probe['httpGet'])}"
+        if probe["httpGet"].get("path") != path:
+            yield f"{name}: must ask for {path}"
         if name != "readinessProbe" and probe.get("successThreshold", 1) != 1:
             yield f"{name}: successThreshold must be 1"
         if probe.get("initialDelaySeconds", 0):

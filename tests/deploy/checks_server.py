@@ -26,7 +26,10 @@ FIELDS = re.compile(
     r"|spec\.(nodeName|serviceAccountName)|status\.(hostIP|podIP|podIPs|hostIPs)"
 )
 ORDINAL = "metadata.labels['apps.kubernetes.io/pod-index']"
-OTHER_VARIABLES = {"PSCTL_SERVERS", "POD_NAMESPACE"}  # not read by the server
+OTHER_VARIABLES = {  # not read by the server
+    *("PSCTL_SERVERS", "POD_NAMESPACE"),
+    *("PSCLIENT_TLS_CA", "PSCLIENT_TLS_CERTIFICATE", "PSCLIENT_TLS_KEY"),
+}
 SPARE_SECONDS = 30  # for the end of the process after it has closed its files
 
 
@@ -155,6 +158,27 @@ def addresses(objects: list[Object]) -> Iterator[str]:
         yield f"checkpoint_url {url} is not on a volume that can be written"
 
 
+def security(objects: list[Object]) -> Iterator[str]:
+    """The files for TLS are those of a mounted Secret; without TLS, plaintext is permitted."""
+    config, container = config_of(objects, 0), container_of(objects)
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in template_of(objects)["spec"]["volumes"]}
+    for field, name in (("ca", "ca.crt"), ("certificate", "tls.crt"), ("key", "tls.key")):
+        path = getattr(config, f"tls_{field}")
+        if path is None:
+            continue
+        mount = mounts.get(str(path.parent), {})
+        if path.name != name or "secret" not in volumes.get(mount.get("name"), {}):
+            yield f"tls_{field} {path} is not the key {name} of a mounted Secret"
+        elif not mount.get("readOnly") or "subPath" in mount:
+            yield f"volumeMount {mount['name']}: must be read-only, without subPath, to be renewed"
+        psctl = _variables(objects).get(f"PSCLIENT_TLS_{field.upper()}", {}).get("value")
+        if psctl != str(path):
+            yield f"PSCLIENT_TLS_{field.upper()} must be {path}, for psctl in the pod"
+    if config.tls and config.plaintext:
+        yield "plaintext is permitted, but the servers have TLS"
+
+
 def grace(objects: list[Object]) -> Iterator[str]:
     """The grace period is longer than draining and closing take."""
     seconds = template_of(objects)["spec"]["terminationGracePeriodSeconds"]
@@ -169,4 +193,4 @@ def file_of_settings(objects: list[Object]) -> Iterator[str]:
         yield f"psserver.toml: unknown setting {name}"
 
 
-CHECKS = (variables, arguments, settings, addresses, grace, file_of_settings)
+CHECKS = (variables, arguments, settings, addresses, security, grace, file_of_settings)

@@ -94,7 +94,7 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
         CROSS,
     ),
     "probe with two handlers": (
-        _container(lambda c: c["readinessProbe"].update(httpGet={"path": "/", "port": 9400})),
+        _container(lambda c: c["readinessProbe"].update(tcpSocket={"port": 9400})),
         CROSS,
     ),
     "liveness needs two successes": (
@@ -156,11 +156,23 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     ),
     # faults of this server
     "liveness depends on recovery": (
-        _container(lambda c: c["livenessProbe"]["grpc"].update(service="readiness")),
+        _container(lambda c: c["livenessProbe"]["httpGet"].update(path="/readyz")),
         CROSS,
     ),
-    "probe for a name that the server does not have": (
-        _container(lambda c: c["readinessProbe"]["grpc"].update(service="ready")),
+    "probe for a page that the server does not have": (
+        _container(lambda c: c["readinessProbe"]["httpGet"].update(path="/ready")),
+        CROSS,
+    ),
+    "probe of the port with TLS": (
+        _container(lambda c: c["readinessProbe"]["httpGet"].update(port="grpc")),
+        CROSS,
+    ),
+    "neither TLS nor permission for plaintext": (
+        _container(
+            lambda c: c.update(
+                env=[e for e in c["env"] if "PLAINTEXT" not in e["name"] and "TLS" not in e["name"]]
+            )
+        ),
         CROSS,
     ),
     "more pods than shards": (_spec(lambda s: s.update(replicas=4)), CROSS),

@@ -82,6 +82,14 @@ def test_storage_classes_are_used() -> None:
     assert claim["spec"]["storageClassName"] == "shared"
 
 
+def test_without_tls_plaintext_must_be_permitted() -> None:
+    command = [program("helm"), "template", "ps", str(CHART), "--set", "tls.secret="]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "tls.secret: name a Secret with tls.crt, tls.key and ca.crt, or set" in done.stderr
+    assert problems(parse(charted("--set", "tls.secret=,tls.plaintext=true"))) == []
+
+
 @pytest.mark.parametrize(
     ("option", "field"),
     [
@@ -92,6 +100,7 @@ def test_storage_classes_are_used() -> None:
         ("image.registry=x", "registry"),
         ("checkpoints.accessMode=ReadWriteOncePod", "accessMode"),
         ("checkpoints.url=file:///mnt", "url"),
+        ("tls.ca=x", "ca"),
     ],
 )
 def test_an_unknown_or_invalid_value_is_refused(option: str, field: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 from checks_changes import refused
 from checks_server import config_of
 from crosscheck import problems
-from rendering import DEPLOY, OVERLAYS, ROOT, kustomized, named, only, parse
+from rendering import DEPLOY, OVERLAYS, ROOT, charted, kustomized, named, only, parse
 from schema import violations
 from tools import program, run
 
@@ -43,13 +45,15 @@ def test_a_growing_checkpoint_claim_is_not_refused() -> None:
 
 
 def test_the_servers_of_both_overlays_get_the_same_settings() -> None:
-    """Only what follows from the memory limit differs."""
+    """Only TLS, and what follows from the memory limit, differs."""
     small, large = (config_of(parse(kustomized(overlay)), 2) for overlay in OVERLAYS)
     assert small.shard == large.shard == 2
     different = {
         name for name in type(small).model_fields if getattr(small, name) != getattr(large, name)
     }
-    assert different == {"host_bytes", "max_inflight_bytes"}
+    files = {"tls_ca", "tls_certificate", "tls_key"}
+    assert different == {"host_bytes", "max_inflight_bytes", "plaintext"} | files
+    assert large.tls
     assert small.host_bytes >= 256 << 20
     assert large.host_bytes >= 4 << 30
 
@@ -62,7 +66,7 @@ def test_yaml_has_no_key_twice_and_one_style() -> None:
 
 def test_no_file_of_an_overlay_is_left_out() -> None:
     """Each file of base and component is listed in its kustomization.yaml."""
-    for directory in (DEPLOY / "base", DEPLOY / "components" / "monitoring"):
+    for directory in (DEPLOY / "base", *(DEPLOY / "components").iterdir()):
         listed = (directory / "kustomization.yaml").read_text()
         for path in directory.iterdir():
             if path.suffix in (".yaml", ".toml", ".json") and path.name != "kustomization.yaml":
@@ -74,6 +78,38 @@ def test_production_adds_only_monitoring() -> None:
     assert {kind for kind, _ in production.keys() - laptop.keys()} == {
         *("PodMonitor", "PrometheusRule", "ConfigMap", "PersistentVolumeClaim")
     }
+
+
+def test_cert_manager_creates_the_secret_that_the_pods_mount(tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy", symlinks=True)
+    path = tmp_path / "deploy" / "overlays" / "production"
+    text = (path / "kustomization.yaml").read_text()
+    component = "- ../../components/tls\n"
+    (path / "kustomization.yaml").write_text(
+        text.replace(component, component + component.replace("tls", "certificates"))
+    )
+    objects = parse(run([program("kubectl"), "kustomize", str(path)]))
+    assert problems(objects) == []
+    found = named(objects)
+    assert found["Certificate", "ps"]["spec"]["secretName"] == "ps-tls"
+    assert found["Certificate", "ps-ca"]["metadata"]["namespace"] == "ps"
+    rendered = named(parse(charted("--set", "tls.certificates=true")))
+    for kind in ("Certificate", "Issuer"):
+        for name in {name for each, name in found if each == kind}:
+            ours, theirs = found[kind, name], rendered[kind, name]
+            for spec in (ours["spec"], theirs["spec"]):
+                spec.get("dnsNames", []).sort()
+            assert theirs == ours
+
+
+def test_an_overlay_without_a_choice_does_not_start() -> None:
+    wrong = problems(parse(_base()))
+    assert any("plaintext: with host=0.0.0.0 other machines can reach" in each for each in wrong)
+
+
+def _base() -> str:
+    """Return the YAML text of the base."""
+    return run([program("kubectl"), "kustomize", str(DEPLOY / "base")])
 
 
 def _files() -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from authority import HOUR, Authority, Mount, dates, expired, future
 from servers import Cluster, Labels, eventually
 
@@ -25,6 +26,7 @@ from psclient import Client, Follower, Subscriber, Tls
 from psclient.aio import AsyncClient
 from psclient.errors import TlsError, Unavailable
 
+ROOT = Path(__file__).parents[2]
 CA, OTHER = Authority(), Authority()
 
 
@@ -392,6 +394,18 @@ def _served(client: Client) -> bool:
     before = channel._opened
     client.list_tables()
     return channel._opened is not before
+
+
+@pytest.mark.parametrize(
+    "name", ["ps", "ps.ps.svc", "ps-0.ps.ps.svc", "ps-12.ps.ps.svc.cluster.local"]
+)
+def test_the_names_of_the_manifests_certificate_are_accepted(site: Site, name: str) -> None:
+    path = ROOT / "deploy" / "components" / "certificates" / "certificates.yaml"
+    specs = [each["spec"] for each in yaml.safe_load_all(path.read_text())]
+    (names,) = (each["dnsNames"] for each in specs if "dnsNames" in each)
+    site.server.put(CA.pem, CA.server(*names))
+    with Client(site.cluster.addresses, tls=site.client.tls(name=name), timeout=60) as client:
+        client.list_tables()
 
 
 # ---- psctl
