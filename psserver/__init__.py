@@ -13,6 +13,7 @@ security/budgets.py     limit the requests and bytes of one principal
 security/policy.py      read a policy: principals, their credentials, rights and budgets
 security/audit.py       write a line for each change and each refused attempt
 security/policyfile.py  read the policy file again when it changes
+security/httptoken.py   protect the HTTP port with a token
 security/guard.py       find out who calls, and refuse what the policy does not allow
 memory.py        find the memory limit of the process, and divide it among its uses
 flaghelp.py      format the text of `psserver serve --help`

@@ -55,6 +55,13 @@ class ServerConfig(ShardSettings):
         " them may do (docs/security.md). What it does not allow is refused. It is read again when"
         " it changes. Without it, everybody who reaches the port may do everything",
     )
+    http_token_file: Path | None = Field(
+        None,
+        examples=["/etc/psserver/http-token"],
+        description="File with a token that requests to the HTTP port (metrics_port) need, except"
+        " /livez and /readyz: as a bearer token, or as the password that browsers ask for. Without"
+        " it, everybody who reaches the port sees names and sizes of tables",
+    )
     audit_file: Path | None = Field(
         None,
         examples=["/var/log/psserver/audit.jsonl"],

@@ -17,6 +17,7 @@ from typing import Any
 
 from psserver.hostnames import host_of
 from psserver.pool import Pool
+from psserver.security.httptoken import HttpToken
 
 FETCH_SECONDS = 2.0  # maximum time for a peer's answer
 ANSWER_BYTES = 1 << 20  # maximum size of a peer's answer
@@ -34,14 +35,16 @@ class Peer:
 
     shard     number of the shard
     address   HOST:PORT of its HTTP port; "": unknown
+    token     token that its HTTP port needs; None: it needs none
     answered  monotonic time of the newest answer, in seconds; None: it has never answered
     figures   the newest answer
     problem   why the newest request was not answered; "": it was, or there was none
     """
 
-    def __init__(self, shard: int, address: str) -> None:
+    def __init__(self, shard: int, address: str, token: HttpToken | None = None) -> None:
         self.shard = shard
         self.address = address
+        self._token = token
         self.answered: float | None = None
         self.figures: Figures | None = None
         self.problem = "" if address else "its address is not in the setting http_peers"
@@ -68,7 +71,8 @@ class Peer:
         async with slots:
             try:
                 async with asyncio.timeout(FETCH_SECONDS):
-                    body = await _get(self.address, tables, names)
+                    authorization = None if self._token is None else self._token.header
+                    body = await _get(self.address, tables, names, authorization)
                 self.figures = _figures(body, self.shard, self.address)
                 self.answered, self.problem = time.monotonic(), ""
             except TimeoutError:
@@ -81,11 +85,12 @@ class Peer:
                 self.problem = str(error)
 
 
-async def _get(address: str, tables: int, names: Pool) -> bytes:
+async def _get(address: str, tables: int, names: Pool, authorization: str | None) -> bytes:
     """Return the body of a peer's answer. Raises OSError or Unanswered.
 
-    tables  maximum number of tables in the answer
-    names   threads that look up host names, which may hang
+    tables         maximum number of tables in the answer
+    names          threads that look up host names, which may hang
+    authorization  value of the field Authorization of the request; None: it has none
     """
     loop, host, port = asyncio.get_running_loop(), host_of(address), address.rpartition(":")[2]
     found: Sequence[Any] = await loop.run_in_executor(
@@ -94,8 +99,10 @@ async def _get(address: str, tables: int, names: Pool) -> bytes:
     reader, writer = await _connect([each[4][:2] for each in found])
     try:
         target = f"/status.json?shard=self&tables={tables}"
-        request = f"GET {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
-        writer.write(request.encode("latin-1"))
+        fields = [f"GET {target} HTTP/1.1", f"Host: {address}", "Connection: close"]
+        if authorization is not None:
+            fields.append(f"Authorization: {authorization}")
+        writer.write("\r\n".join([*fields, "", ""]).encode("latin-1"))
         answer = bytearray()
         while data := await reader.read(1 << 16):
             answer += data

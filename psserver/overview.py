@@ -22,6 +22,7 @@ from typing import Any
 from psserver.httppeers import TOGETHER, Peer
 from psserver.livestatus import MOST_TABLES, LiveStatus
 from psserver.pool import Pool
+from psserver.security.httptoken import HttpToken
 from psserver.statusjson import plain
 
 FRESH_SECONDS = 0.9  # age up to which a document is served again; viewers ask every second
@@ -39,12 +40,19 @@ class Overview:
     live       figures of this shard
     shard      number of this shard
     addresses  HOST:PORT of the HTTP port of each shard, by number; "": unknown
+    token      token that the HTTP ports need; None: they need none
     """
 
-    def __init__(self, live: LiveStatus, shard: int, addresses: Sequence[str]) -> None:
+    def __init__(
+        self,
+        live: LiveStatus,
+        shard: int,
+        addresses: Sequence[str],
+        token: HttpToken | None = None,
+    ) -> None:
         self._live = live
         self._shard = shard
-        self._peers = [Peer(number, each) for number, each in enumerate(addresses)]
+        self._peers = [Peer(number, each, token) for number, each in enumerate(addresses)]
         self._tables = min(MOST_TABLES, max(LEAST_TABLES, ROWS // max(len(addresses), 1)))
         self._fresh = max(FRESH_SECONDS, len(addresses) / SHARDS_PER_SECOND)
         self._figures: dict[str, Any] = {}  # of this shard

@@ -40,6 +40,7 @@ from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.scrubber import Scrubber
 from psserver.security.guard import guard_of
+from psserver.security.httptoken import HttpToken
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.site import Site
@@ -257,9 +258,11 @@ class Server:
             return
         names = {host_of(each) for each in [*config.http_addresses, config.advertise, config.host]}
         names |= {each.strip().lower() for each in config.http_names.split(",")}
-        overview = Overview(self._live, config.shard, config.http_addresses)
+        token = None if config.http_token_file is None else HttpToken(config.http_token_file)
+        overview = Overview(self._live, config.shard, config.http_addresses, token)
         loop = asyncio.get_running_loop()
-        exposition = Exposition(Site(self._metrics.registry, overview, self._phases, loop, names))
+        site = Site(self._metrics.registry, overview, self._phases, loop, names, token)
+        exposition = Exposition(site)
         try:
             exposition.open(config.host, config.metrics_port)
         except OSError as error:

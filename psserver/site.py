@@ -8,7 +8,8 @@
     /readyz       200 while the shard accepts requests, else 503; the body is the phase
 
 All are there from the start of the process on. Requests with a field Host that anybody could
-register are refused (hostnames.py), except at /livez and /readyz, which tell nothing.
+register are refused (hostnames.py), and with http_token_file those without the token, except at
+/livez and /readyz, which tell nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from psserver.overview import Overview
 from psserver.page.document import PAGE, POLICY
 from psserver.phase import Phases
 from psserver.pool import Pool
+from psserver.security.httptoken import CHALLENGE, HttpToken
 from psserver.webmessages import NO_STORE, Request, Response, text
 
 LIVE_SECONDS = 4.0  # maximum time for the event loop of gRPC to show that it runs
@@ -41,6 +43,7 @@ class Site:
     phases    phase of the server, for /readyz
     loop      event loop of gRPC; /livez is refused while it does not run
     names     host names from the settings, in lower case, that requests may have
+    token     token that requests need, except those of /livez and /readyz; None: they need none
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Site:
         phases: Phases,
         loop: asyncio.AbstractEventLoop,
         names: Collection[str],
+        token: HttpToken | None = None,
     ) -> None:
         self._scrape = make_wsgi_app(registry)
         self._collecting = Pool("metrics", 1)
@@ -57,6 +61,7 @@ class Site:
         self._phases = phases
         self._loop = loop
         self._names = names
+        self._token = token
         self._pages: dict[str, _Page] = {
             "/": self._page,
             "/status.json": self._status,
@@ -74,6 +79,9 @@ class Site:
                 "the host name in this URL is not known: use an address, or add the name to the"
                 " setting http_names",
             )
+        given, token = request.fields.get("authorization"), self._token
+        if token is not None and not probe and not token.allows(given):
+            return Response("401 Unauthorized", fields=(CHALLENGE, NO_STORE))
         page = self._pages.get(request.path)
         if page is None:
             return text("404 Not Found", f"the pages are {' '.join(self._pages)}")

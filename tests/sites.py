@@ -18,6 +18,7 @@ from psproto import ps_pb2 as pb
 from psserver.exposition import Exposition
 from psserver.overview import Overview
 from psserver.phase import Phases
+from psserver.security.httptoken import HttpToken
 from psserver.site import Site
 
 HOST = "127.0.0.1"
@@ -62,17 +63,20 @@ def site(
     grpc: asyncio.AbstractEventLoop | None = None,
     registry: CollectorRegistry | None = None,
     port: int = 0,
+    token: HttpToken | None = None,
 ) -> Iterator[int]:
     """Serve the pages of a shard with these figures. Yields the port.
 
     addresses  of the HTTP ports of all shards
     names      host names that requests may have
     grpc       event loop that /livez asks
+    token      token that requests need
     """
-    overview = Overview(figures, figures.status.shard, addresses)  # type: ignore[arg-type]
+    shard = figures.status.shard
+    overview = Overview(figures, shard, addresses, token)  # type: ignore[arg-type]
     registry = registry or CollectorRegistry()
     with loop() as running:
-        pages = Site(registry, overview, figures.phases, grpc or running, names)
+        pages = Site(registry, overview, figures.phases, grpc or running, names, token)
         server, port = Exposition(pages), port or free_ports(1)
         server.open(HOST, port)
         try:
@@ -102,6 +106,9 @@ def request(port: int, method: str, path: str, **fields: str) -> tuple[int, dict
         return answer.status, found, answer.read()
 
 
-def document(port: int, query: str = "") -> Any:
-    """Return the document at /status.json."""
-    return json.loads(get(port, f"/status.json{query}")[2])
+def document(port: int, query: str = "", **fields: str) -> Any:
+    """Return the document at /status.json.
+
+    fields  header fields of the request
+    """
+    return json.loads(get(port, f"/status.json{query}", **fields)[2])

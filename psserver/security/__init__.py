@@ -7,5 +7,6 @@ audit.py         write a line for each change and each refused attempt
 policyfile.py    read the policy file again when it changes
 pem.py           read certificates and private keys in the format PEM
 certificates.py  the server's TLS certificates, read again when their files change
+httptoken.py     protect the HTTP port with a token
 guard.py         find out who calls, and refuse what the policy does not allow
 """

@@ -1,0 +1,90 @@
+"""The token that protects the HTTP port."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from servers import free_ports
+from sites import Figures, document, get, site
+
+from psserver.security.httptoken import HttpToken
+from psserver.unusable import ConfigError
+
+WORD = "t0ken-of-the-port"
+PAGES = ("/", "/status.json", "/status.json?shard=self", "/metrics", "/unknown")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "http-token"
+    path.write_text(f"{WORD}\n")
+    return path
+
+
+def basic(user: str, word: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{word}".encode()).decode()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_needs_the_token(file: Path, page: str) -> None:
+    with site(Figures(), token=HttpToken(file)) as port:
+        for fields in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": WORD},
+            {"Authorization": f"Bearer {WORD}x"},
+            {"Authorization": "Bearer "},
+            {"Authorization": basic("", "")},
+            {"Authorization": basic(WORD, "wrong")},
+            {"Authorization": "Basic ???"},
+            {"Authorization": "Bearer \u00e4"},
+        ):
+            status, answer, body = get(port, page, **fields)
+            assert (status, body) == (401, b"")
+            assert answer["www-authenticate"].startswith("Basic realm=")
+        expected = 404 if page == "/unknown" else 200
+        for value in (f"Bearer {WORD}", f"bearer {WORD}", basic("", WORD), basic("me", WORD)):
+            assert get(port, page, Authorization=value)[0] == expected
+
+
+def test_probes_need_no_token(file: Path) -> None:
+    with site(Figures(), token=HttpToken(file)) as port:
+        assert get(port, "/livez")[0] == 200
+        assert get(port, "/readyz")[0] in (200, 503)
+
+
+def test_shards_send_it_to_each_other(file: Path) -> None:
+    ports = free_ports(2)
+    addresses = [f"127.0.0.1:{ports}", f"127.0.0.1:{ports + 1}"]
+    first, second = Figures(0), Figures(1)
+    with (
+        site(first, addresses, port=ports, token=HttpToken(file)) as port,
+        site(second, addresses, port=ports + 1, token=HttpToken(file)),
+    ):
+        shards = document(port, authorization=f"Bearer {WORD}")["shards"]
+        assert [each["problem"] for each in shards] == ["", ""]
+
+
+def test_a_new_token_is_used_after_a_second(file: Path) -> None:
+    now = [0.0]
+    token = HttpToken(file, lambda: now[0])
+    for text, expected in (("new", "new"), ("", "new"), ("newer\n", "newer")):
+        file.write_text(text)
+        now[0] += 1.01
+        assert token.allows(f"Bearer {expected}")
+    assert not token.allows(f"Bearer {WORD}")
+    file.unlink()
+    now[0] += 1.01
+    assert token.allows("Bearer newer")
+    assert token.header == "Bearer newer"
+
+
+@pytest.mark.parametrize("contents", [None, "", " \n"])
+def test_a_server_does_not_start_without_a_token(tmp_path: Path, contents: str | None) -> None:
+    path = tmp_path / "http-token"
+    if contents is not None:
+        path.write_text(contents)
+    with pytest.raises(ConfigError, match="http_token_file"):
+        HttpToken(path)
