@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,12 @@ def free_ports(count: int) -> int:
 
 @contextmanager
 def shards(
-    count: int, *, durable: bool = False, busy_poll: float = 0.0, lane: bool = False
+    count: int,
+    *,
+    durable: bool = False,
+    busy_poll: float = 0.0,
+    lane: bool = False,
+    flags: Sequence[str] = (),
 ) -> Iterator[tuple[list[str], list[int]]]:
     """Run a cluster during a block; yield the addresses and process ids of its shards.
 
@@ -41,6 +46,7 @@ def shards(
     durable    give each shard a data directory; without one it has no log, like the peers
     busy_poll  seconds for which a shard polls for the next request before it sleeps
     lane       let each shard offer a same-host lane
+    flags      further flags of each shard
     """
     port = free_ports(count)
     addresses = [f"127.0.0.1:{port + shard}" for shard in range(count)]
@@ -49,7 +55,7 @@ def shards(
         for shard in range(count):
             command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
             command += ["--shard", str(shard), "--shards", str(count), "--port", str(port + shard)]
-            command += ["--busy-poll-seconds", str(busy_poll)]
+            command += ["--busy-poll-seconds", str(busy_poll), *flags]
             if lane:
                 command += ["--lane", directory]
             if durable:
