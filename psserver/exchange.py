@@ -387,12 +387,12 @@ class Exchanges:
             received += size
         for pull, pulled in zip(exchange.pulls, done.pulls, strict=True):
             size = pulled.embeddings.nbytes
+            if pull.gpu_room is not None:  # has the rows instead
+                via, size = "cuda", pull.gpu_room.size
             stats.used("Pull", pull.header.table, len(pull.keys), pull.keys.nbytes + size)
             keys += len(pull.keys)
             received += pull.keys.nbytes
             sent += size
-            if pull.gpu_room is not None:
-                via = "cuda"
         if self._feed is not None:
             for pushed in done.pushes:
                 self._feed.acknowledged(pushed.version)

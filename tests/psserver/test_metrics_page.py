@@ -224,11 +224,12 @@ def test_a_request_counts_once_with_its_own_time(page: Page) -> None:
 def test_a_pull_into_gpu_memory_counts_for_the_lane_cuda() -> None:
     stats, counts = ServiceStats(), object.__new__(Exchanges)
     counts._limits, counts._feed = SimpleNamespace(stats=stats), None  # type: ignore[assignment]
-    into = replace(exchange(push=False, pull=True).pulls[0], gpu_room=object())
+    into = replace(exchange(push=False, pull=True).pulls[0], gpu_room=SimpleNamespace(size=160))
     empty = SimpleNamespace(embeddings=np.empty(0, np.float32))
     counts._count(codec.Exchange([], [into]), SimpleNamespace(pulls=[empty]), 0.0, "shm")  # type: ignore[arg-type]
     counts._count(exchange(push=True, pull=False), codec.Exchanged([], []), 0.0, "shm")
     assert sorted(stats.requests) == [("Pull", "cuda"), ("Push", "shm")]
+    assert stats.requests["Pull", "cuda"].sent.sum == 160
 
 
 def test_every_budget_has_room_left(page: Page) -> None:
