@@ -113,6 +113,7 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.trainers
 	$(RUN) -m benchmarks.scale
 	$(RUN) -m benchmarks.metrics
+	$(RUN) -m benchmarks.security
 	$(RUN) -m benchmarks.durability
 	$(RUN) -m benchmarks.checkpoint
 	$(RUN) -m benchmarks.freshness
