@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 MOST_REQUESTS = 64  # requests in flight on a stream
 MOST_BYTES = 8 << 20  # their bytes; but LEAST_REQUESTS may be in flight, however large they are
 LEAST_REQUESTS = 8
+SLOW, QUICK = 0.25, 0.1  # seconds until an answer that make the window smaller, or larger
+SHRINK = 0.7  # factor by which a slow answer makes it smaller
 SMOOTH = 0.1  # weight of the newest time between two answers
 
 Item = TypeVar("Item")
@@ -22,14 +24,19 @@ Item = TypeVar("Item")
 class Window(Generic[Item]):
     """The requests of one stream in flight, by id, and those that wait until they may be sent.
 
+    The window is smaller while answers take long: more requests in flight would not be answered
+    sooner, but wait in the buffers of gRPC.
+
     clock  returns monotonic seconds
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._waiting: deque[Item] = deque()
-        self._sizes: dict[int, int] = {}  # bytes of the requests in flight, by id
+        self._sent: dict[int, tuple[int, float]] = {}  # by id: bytes, and time of sending
         self._bytes = 0  # their sum
+        self._most = float(LEAST_REQUESTS)  # the window
+        self._shrunk = 0.0  # when it was made smaller; answers to earlier requests do not count
         self._between = 0.0  # seconds between two answers while requests wait
         self._last = 0.0  # time of the last answer while requests waited; 0: none waited
 
@@ -42,7 +49,7 @@ class Window(Generic[Item]):
 
     def sent(self, id: int, size: int) -> None:
         """Note that a request of ``size`` bytes is in flight."""
-        self._sizes[id] = size
+        self._sent[id] = size, self._clock()
         self._bytes += size
 
     def answered(self, id: int) -> Iterator[Item]:
@@ -50,9 +57,14 @@ class Window(Generic[Item]):
 
         The caller must call ``sent`` for each, before it takes the next, unless it drops it.
         """
-        self._bytes -= self._sizes.pop(id, 0)
+        size, sent = self._sent.pop(id, (0, 0.0))
+        self._bytes -= size
+        now = self._clock()
+        if now - sent < QUICK:
+            self._most = min(self._most + 1, MOST_REQUESTS)
+        elif now - sent > SLOW and sent > self._shrunk:
+            self._most, self._shrunk = max(self._most * SHRINK, LEAST_REQUESTS), now
         if self._waiting:
-            now = self._clock()
             if self._last:
                 self._between += SMOOTH * (now - self._last - self._between)
             self._last = now
@@ -66,5 +78,5 @@ class Window(Generic[Item]):
         return len(self._waiting) * self._between if self._waiting else 0.0
 
     def _has_room(self) -> bool:
-        count = len(self._sizes)
-        return count < LEAST_REQUESTS or (count < MOST_REQUESTS and self._bytes < MOST_BYTES)
+        count = len(self._sent)
+        return count < LEAST_REQUESTS or (count < self._most and self._bytes < MOST_BYTES)

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from psserver.exchange import Begun, Exchanges, Read
-from psserver.flow import Flow, Head
+from psserver.flow import NOTHING, Flow, Head
 from psserver.limits import Reservation
 from psserver.turns import Turns
 
@@ -20,7 +20,7 @@ class Queued:
     start        time of arrival, in seconds of ``time.perf_counter``
     reservation  bytes of the request in flight, and later of its reply
 
-    begun  future of what ``Exchanges.begin`` returns; cancelled if nobody will read the reply
+    begun  future of what ``Exchanges.begin`` returns; of NOTHING if nobody will read the reply
     """
 
     def __init__(
@@ -101,4 +101,4 @@ class Queued:
         """Forget the request, because nobody will read its reply."""
         self._flow.inflight -= self._reservation.size
         self._reservation.release()
-        self.begun.cancel()
+        self.begun.set_result(NOTHING)

@@ -158,6 +158,8 @@ class Streams:
                 if accepted is not None:
                     await accepted
                     del accepted
+                if self._limits.turns.waiting:
+                    await self._limits.turns.pause(flow.caller.client)
                 while flow.inflight >= self._share or flow.answers.qsize() >= PIPELINE:
                     flow.room.clear()
                     await flow.room.wait()
@@ -309,8 +311,7 @@ class Streams:
             data = b""
             try:
                 if isinstance(begun, asyncio.Future):
-                    await asyncio.wait((begun,))
-                    begun = NOTHING if begun.cancelled() else begun.result()
+                    begun = await begun
                 if begun is not NOTHING:
                     done = await self._exchanges.finish(begun, flow.caller.via)
                     data = b"" if flow.gone else encode(id, done)

@@ -36,7 +36,8 @@ from typing import Any
 from psserver.errors import DeadlinePassed, Overloaded
 
 BASE = 16 << 10  # cost of a request apart from its bytes
-SLICE = 0.004  # seconds for which requests begin before the event loop does something else
+SLICE = 0.0003  # seconds for which waiting requests begin before the loop does something else
+SHARE = 0.002  # seconds in a round of the loop in which requests may begin without waiting
 FREE = 4 << 20  # cost of the requests in the engine with which others may begin without waiting
 MOST = 1 << 20  # the same for requests that wait: the less, the fairer; at least LEAST requests
 LEAST = 2
@@ -46,6 +47,7 @@ ALLOWED = 8  # requests of a client that may wait as long as they like
 MEASURED = 0.1  # seconds over which the rate is measured
 SMOOTH = 0.3  # weight of the newest measurement of the rate
 SHORTEST, LONGEST = 0.1, 2.0  # bounds of the seconds after which refused clients may try again
+READS = 1  # requests that are read from one connection per round of the loop while others wait
 PARTS = 8  # one client alone may take all of max_inflight_bytes but this part of it
 
 
@@ -57,9 +59,13 @@ class Client:
     cost      their cost
     tag       position in the order of clients; grows by the cost of each request that begins
     blocked   whether its next request must not begin yet
+    reads     number of requests that were read from its streams in this round of the loop
+    readers   streams that read their next request in a later round
     """
 
-    __slots__ = ("__weakref__", "blocked", "cost", "inflight", "tag", "waiting")
+    __slots__ = (
+        "__weakref__", "blocked", "cost", "inflight", "readers", "reads", "tag", "waiting",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.inflight = 0
@@ -67,6 +73,8 @@ class Client:
         self.cost = 0
         self.tag = 0.0
         self.blocked = False
+        self.reads = 0
+        self.readers: deque[asyncio.Future[None]] = deque()
 
 
 class Waiting:
@@ -121,6 +129,7 @@ class Turns:
         self._used = 0.0  # seconds of requests in this round of the loop
         self._begun = 0  # requests that were begun and not finished by the engine
         self._begun_cost = 0
+        self._read: list[Client] = []  # clients with ``reads``
         self._called = False  # whether the loop will call ``_go_on``
         self._measured, self._since = 0, 0.0  # cost begun since a time, for ``rate``
         self._behind = math.inf  # since when requests wait for more than TARGET; inf: they do not
@@ -130,7 +139,7 @@ class Turns:
 
     def free(self) -> bool:
         """Return whether a request that arrives now may begin at once: then call ``spent``."""
-        return not self.waiting and self._used < SLICE and self._begun_cost < FREE
+        return not self.waiting and self._used < SHARE and self._begun_cost < FREE
 
     def spent(self, seconds: float) -> None:
         """Count the time that it took on the event loop to begin a request without waiting."""
@@ -229,6 +238,22 @@ class Turns:
         else:
             over.cancel()
 
+    async def pause(self, client: Client) -> None:
+        """Wait before the next request is read from a stream, if others wait for their turn and
+        many were read from this client in this round of the loop.
+
+        What a client sends beyond that stays in the transport, so that reading it, and refusing it,
+        does not take the time of others.
+        """
+        if not client.reads:
+            self._read.append(client)
+        client.reads += 1
+        if client.reads > READS:
+            reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            client.readers.append(reader)
+            self._call()
+            await reader
+
     def block(self, client: Client, work: asyncio.Future[Any]) -> None:
         """Begin no further request of a client until ``work`` is done."""
         client.blocked = True
@@ -275,6 +300,7 @@ class Turns:
     def _go_on(self) -> None:
         """Begin requests that wait, for SLICE at most, in a new round of the loop."""
         self._called, self._used = False, 0.0
+        self._wake_readers()
         if not self.waiting:
             return
         now = self._clock()
@@ -284,6 +310,21 @@ class Turns:
             now = self._clock()
         self._measure(now)
         if self._order and (self._begun < LEAST or self._begun_cost < MOST):
+            self._call()
+
+    def _wake_readers(self) -> None:
+        """Let streams read on: of each client as many as may in this round of the loop."""
+        clients, self._read = self._read, []
+        for client in clients:
+            client.reads = 0
+            while client.readers and client.reads < READS:
+                reader = client.readers.popleft()
+                if not reader.done():
+                    reader.set_result(None)
+                    client.reads += 1
+            if client.reads:
+                self._read.append(client)
+        if self._read:
             self._call()
 
     def _begin_next(self, now: float) -> None:
