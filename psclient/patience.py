@@ -22,7 +22,7 @@ from psclient.errors import PsError, ResourceExhausted
 JITTER = 0.25  # largest random part of a pause, as a share of the pause
 BURST = 16.0  # requests that may be sent again at once
 PER_SECOND = 8.0  # requests that may be sent again per second
-EARNED = 0.2  # requests that may be sent again for each one that was answered
+EARNED = 0.25  # requests that may be sent again for each one that was answered
 OVERLOADED = "OVERLOADED"  # reason of the refusals for which new requests wait, too
 
 
