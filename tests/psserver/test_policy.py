@@ -219,3 +219,22 @@ class TestFile:
         (tmp_path / "..new").rename(tmp_path / "..data")
         watched.look(taken.append)
         assert [list(each.principals) for each in taken] == [["second"]]
+
+
+def test_the_example_for_deployments_is_a_policy() -> None:
+    path = Path(__file__).parents[2] / "deploy/components/policy/policy.toml"
+    example = PolicyFile(path).first
+    trainer = example.principals["trainer-ads"]
+    assert trainer.holds("push", "ads.user")
+    assert not trainer.holds("drop", "ads.user")
+    assert not trainer.limit.unlimited
+    assert example.principals["ops"].holds("drop", "ads.user")
+
+
+def test_the_policy_in_the_documentation_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    text = page.split("```toml\n")[1].split("```")[0]
+    found = policy(text.replace("<SHA-256 of the token>", DIGEST))
+    assert set(found.principals) == {"trainer-ads", "ops"}
+    listed = {verb for verb in VERBS if f"`{verb}`" in page}
+    assert listed == set(VERBS)
