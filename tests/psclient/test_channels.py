@@ -15,8 +15,10 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, alive, eventually
 
 from psclient import Client, PsError, Table
+from psclient.channel import Channel
 from psclient.errors import SessionExpired, Unavailable
 from psclient.retry import retry
+from psclient.routes import Route
 from psclient.session import Session
 from psproto import ps_pb2 as pb
 
@@ -106,6 +108,9 @@ def test_a_push_goes_on_where_only_given_up_ones_came_before(
     assert_array_equal(table.pull([2]), [[1]])
 
 
+CHANNEL = Channel(Route("127.0.0.1:1"))  # never opened
+
+
 class TestCancelled:
     """A server that ends cancels calls that it has begun, and nobody else does."""
 
@@ -128,7 +133,7 @@ class TestCancelled:
                 raise self.Ended
             return "done"
 
-        assert retry(attempt, "shard 0", time.monotonic() + 20) == "done"
+        assert retry(attempt, CHANNEL, "shard 0", time.monotonic() + 20) == "done"
         assert 20 >= left[0] > left[1] > left[2]
 
     def test_it_ends_as_unavailable_once_time_is_over(self) -> None:
@@ -136,4 +141,4 @@ class TestCancelled:
             raise self.Ended
 
         with pytest.raises(Unavailable, match=r"^shard 0: CANCELLED$"):
-            retry(attempt, "shard 0", time.monotonic() + 0.01)
+            retry(attempt, CHANNEL, "shard 0", time.monotonic() + 0.01)
