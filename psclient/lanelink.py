@@ -17,9 +17,10 @@ from google.protobuf.message import DecodeError
 
 from psclient.access import PLAIN, Access
 from psclient.channel import Cancelled
-from psclient.errors import NoLane, PsError
+from psclient.errors import NoLane, PermissionDenied, PsError, Unauthenticated
 from psclient.lanepipe import HELLO_SECONDS, LanePipe
 from psclient.pipe import GrpcPipe, Pipe, PipeLost
+from psclient.retry import rpc_error
 from psclient.routes import Route
 from psclient.session import Call, Session
 from psclient.stream import StreamLink
@@ -144,6 +145,8 @@ class LaneLink(StreamLink):
     def _ask(self, deadline: float) -> None:
         """Ask the shard for its lane. The caller does not hold the lock.
 
+        If the shard refuses this client, all unanswered calls fail with that error.
+
         deadline  monotonic seconds at which the caller must have its answer
         """
         seconds = min(ASK_SECONDS, max(deadline - time.monotonic(), 0.001))
@@ -152,8 +155,13 @@ class LaneLink(StreamLink):
             answer = self.channel.call(INFO, request, seconds)
             info = pb.GetServerInfoResponse.FromString(answer)
         except (grpc.RpcError, Cancelled, PsError, DecodeError) as error:
+            if isinstance(error, grpc.RpcError):
+                error = rpc_error(error, self.channel, self.where)
             with self.lock:
                 self._offer, self.why = None, f"the shard does not answer: {error}"
+                if isinstance(error, Unauthenticated | PermissionDenied):
+                    for call in [each for each in self._open.values() if not each.done]:
+                        self._settle(call, None, error)
             return
         with self.lock:
             self._take_offer(info)

@@ -116,3 +116,27 @@ def _files() -> list[str]:
     """Return the YAML files that are not templates."""
     found = [*DEPLOY.rglob("*.yaml"), *(ROOT / "tests/deploy").glob("*.yaml")]
     return sorted(str(path) for path in found if "templates" not in path.parts)
+
+
+def test_a_policy_is_mounted_from_a_secret(tmp_path: Path) -> None:
+    """The component and the chart do the same."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy", symlinks=True)
+    path = tmp_path / "deploy" / "overlays" / "production"
+    text = (path / "kustomization.yaml").read_text()
+    component = "- ../../components/tls\n"
+    (path / "kustomization.yaml").write_text(
+        text.replace(component, component + component.replace("tls", "policy"))
+    )
+    objects = parse(run([program("kubectl"), "kustomize", str(path)]))
+    assert problems(objects) == []
+    assert str(config_of(objects, 0).policy_file) == "/etc/ps-policy/policy.toml"
+    rendered = parse(charted("--set", "policy.secret=ps-policy"))
+    assert problems(rendered) == []
+    ours, theirs = (only(each, "StatefulSet")["spec"]["template"] for each in (objects, rendered))
+    (found,), (expected,) = ours["spec"].pop("containers"), theirs["spec"].pop("containers")
+    for pair in ((found, expected), (ours["spec"], theirs["spec"])):
+        for each in pair:
+            for field in ("env", "volumeMounts", "volumes"):
+                each.get(field, []).sort(key=lambda item: item["name"])
+    assert found == expected
+    assert ours["spec"]["volumes"] == theirs["spec"]["volumes"]
