@@ -58,7 +58,8 @@ def card(head: str, about: str, inner: str, *, wide: bool = False) -> str:
 
 def folded(summary: str, inner: str) -> str:
     """Return HTML that shows ``inner`` only after a click on ``summary``."""
-    return f"<details><summary>{escape(summary)}</summary><div class=scroll>{inner}</div></details>"
+    shown = f"<div class=scroll tabindex=0>{inner}</div>"
+    return f"<details><summary>{escape(summary)}</summary>{shown}</details>"
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

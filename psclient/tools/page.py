@@ -84,7 +84,7 @@ def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
     """Return the HTML of a list of extreme rows, titled ``head``; "" if the list is empty."""
     if not len(rows.keys):
         return ""
-    inner = f"<div class=scroll>{table(EXTREMES, lines(rows, keys))}</div>"
+    inner = f"<div class=scroll tabindex=0>{table(EXTREMES, lines(rows, keys))}</div>"
     return card(head, "", inner, wide=True)
 
 

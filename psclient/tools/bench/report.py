@@ -23,7 +23,7 @@ NINES = (50.0, 90.0, 99.0, 99.9, 99.99, 99.999)  # labels of the plot of percent
 STEPS = 120  # points of a curve of percentiles
 
 WORDS = """
-dl { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+dl { grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); }
 .words { display: flex; flex-wrap: wrap; gap: 8px 32px; }
 .words > div { flex: 1 1 300px; max-width: 75ch; min-width: 0; }
 .words > aside { flex: 1 1 260px; min-width: 0; }
@@ -70,8 +70,8 @@ def _verdict(trial: Trial) -> str:
     text = "".join(f"<p>{escape(each)}</p>" for each in verdict(trial))
     text += "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in doubts(trial))
     inner = f"<div>{text}</div>"
-    if trial.sizing and trial.sizing.recommended:
-        numbers = document.table(("shards", "requests/s", "keys/s"), table(trial.sizing))
+    if trial.sizing is not None and (lines := table(trial.sizing)):
+        numbers = document.table(("shards", "keys of a shard per request", "requests/s"), lines)
         inner += f"<aside><h3>Recommended rates of other clusters</h3>{numbers}</aside>"
     head = "What this test says" if trial.knee is None else "How large a cluster"
     return document.card(head, "", f"<div class=words>{inner}</div>", wide=True)
@@ -85,7 +85,7 @@ def _kinds(result: Result) -> str:
         lines.insert(0, _line("all that succeeded", result.latency))
     lines.append(_line("same, from their actual start", result.service))
     lines += [_line(f"failed: {code}", each) for code, each in result.errors.items()]
-    inner = f"<div class=scroll>{document.table(columns, lines)}</div>"
+    inner = f"<div class=scroll tabindex=0>{document.table(columns, lines)}</div>"
     about = (
         "Failed requests are counted apart, so that quick refusals do not look like quick answers."
     )

@@ -10,6 +10,8 @@ from psclient.tools.bench.latencies import SHOWN, Latencies
 
 BUSY = 0.85  # cores that a process uses at most; above, Python's lock makes it the bottleneck
 LAG_SHARE = 0.25  # of the p99 latency: a lag beyond this is the generator's fault
+WAITED = 0.01  # share of requests that may wait for others; more is a limit of its own
+ANSWERED = 0.97  # share of requests that succeed while the servers keep up
 LAG_SECONDS = 0.002  # a shorter lag does not matter
 
 
@@ -72,6 +74,12 @@ class Result:
                 f"1 % of the requests started more than {lag * 1e3:.3g} ms late although the load"
                 " generator had a free thread: its processors are busy, so part of the latency is"
                 " its own; run it on another machine"
+            )
+        late = self.waited / max(self.failed + len(self.latency), 1)
+        if self.rate and late > WAITED and self.achieved > ANSWERED * self.offered:
+            found.append(
+                f"{100 * late:.0f} % of the requests waited because as many as --in-flight allows"
+                " were unanswered: part of the latency is this wait; allow more"
             )
         return found
 

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from psclient.tools.figures import size
 
 MOST_SHARDS = 4096  # that are considered
+NOT_LIMITED = (
+    "The shards were not busy at the knee, so something else limited the rate, and the shards may"
+    " carry more. To find out how much, run the load generator on other machines, with more"
+    " --processes and --clients."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class Sizing:
     recommended: float  # requests per second of the measured cluster
     cost: Cost | None  # None: not measured
     row_bytes: float  # memory per row; 0.0: not known
+    limited: bool = True  # whether the shards were what limited the rate; else more is possible
 
     def rate(self, shards: int) -> float:
         """Return the recommended rate of a cluster with ``shards`` shards, in requests/s."""
@@ -93,9 +99,11 @@ def sentences(sizing: Sizing, *, wanted: float = 0.0) -> list[str]:
     one = "one shard carries" if sizing.shards == 1 else f"{sizing.shards} shards carry"
     said = [
         f"With requests of {sizing.keys:,} keys, {one} {_rate(sizing.recommended)} requests per"
-        f" second, which are {_rate(sizing.recommended * sizing.keys)} keys per second."
+        " second."
     ]
-    said += _scaling(sizing)
+    if sizing.cost is not None:
+        said.append(_cost(sizing, sizing.cost))
+    said += _scaling(sizing) if sizing.limited else [NOT_LIMITED]
     if wanted:
         said.append(_wanted(sizing, wanted))
     if sizing.row_bytes:
@@ -108,6 +116,16 @@ def sentences(sizing: Sizing, *, wanted: float = 0.0) -> list[str]:
     return said
 
 
+def _cost(sizing: Sizing, cost: Cost) -> str:
+    """Return what a request costs."""
+    each = sizing.keys / sizing.shards
+    return (
+        f"A request costs a shard {_us(cost.of(each))} of processor time: {_us(cost.message)} for"
+        f" its messages and {_us(cost.key * each)} for its {each:,.0f} keys. More shards divide the"
+        " keys among them, but each of them still gets the messages of every request."
+    )
+
+
 def _scaling(sizing: Sizing) -> list[str]:
     """Return what more shards would carry."""
     if sizing.cost is None:
@@ -116,20 +134,20 @@ def _scaling(sizing: Sizing) -> list[str]:
             " grows with the number of shards. It grows less: each request has a message for every"
             " shard."
         ]
-    cost = sizing.cost
-    each = sizing.keys / sizing.shards
     return [
-        f"A request costs a shard {_us(cost.of(each))} of processor time: {_us(cost.message)} for"
-        f" its messages and {_us(cost.key * each)} for its {each:,.0f} keys. More shards divide the"
-        " keys among them, but each of them still gets the messages of every request.",
         f"So twice as many shards carry about {_rate(sizing.rate(2 * sizing.shards))} requests per"
         f" second, and no number of shards carries more than {_rate(sizing.rate(MOST_SHARDS))}."
-        " Requests with more keys use shards better.",
+        " Requests with more keys use shards better."
     ]
 
 
 def _wanted(sizing: Sizing, wanted: float) -> str:
     """Return how many shards the wanted rate needs."""
+    have = f"{sizing.shards} shard{'' if sizing.shards == 1 else 's'}"
+    if not sizing.limited:
+        if wanted <= sizing.recommended:
+            return f"For {_rate(wanted)} requests per second, {have} suffice; fewer may."
+        return f"Whether {have} carry {_rate(wanted)} requests per second, this test cannot say."
     shards = sizing.shards_for(wanted)
     if shards is None:
         return (
@@ -144,11 +162,15 @@ def _wanted(sizing: Sizing, wanted: float) -> str:
 
 
 def table(sizing: Sizing) -> list[tuple[str, str, str]]:
-    """Return lines (shards, requests per second, keys per second) for growing clusters."""
+    """Return lines (shards, keys of a shard per request, requests per second) of other clusters.
+
+    Returns [] if the figures do not say what other clusters carry.
+    """
+    if not sizing.recommended or not sizing.limited:
+        return []
     counts = sorted({1, sizing.shards, *(2**power for power in range(1, 7))})
     return [
-        (f"{count}", _rate(sizing.rate(count)), _rate(sizing.rate(count) * sizing.keys))
-        for count in counts
+        (f"{count}", f"{sizing.keys / count:,.0f}", _rate(sizing.rate(count))) for count in counts
     ]
 
 

@@ -18,6 +18,7 @@ from psproto import RELEASE
 
 FIRST = 1 / 8  # rate of a sweep's first step / rate of the closed loop
 SMALLER = 4  # the run that shows what keys cost has this many times fewer
+LIMITED = 0.7  # cores that a shard uses at the knee if it is what limits the rate
 LEAST_KEYS = 8  # per request and table; with fewer, costs are not measured
 
 OnRun = Callable[[str, float], Any]  # called with (what begins, requests per second; 0: closed)
@@ -79,7 +80,16 @@ class Trial:
             recommended=self.knee.recommended,
             cost=self.cost,
             row_bytes=self.row_bytes,
+            limited=self.knee_cores == 0.0 or self.knee_cores >= LIMITED,
         )
+
+    @property
+    def knee_cores(self) -> float:
+        """Return how many cores the busiest shard uses at the knee, estimated; 0.0: not known."""
+        if self.knee is None or self.knee.at is None or not self.result.achieved:
+            return 0.0
+        most = max((each.cores for each in self.uses), default=0.0)
+        return most * self.knee.at.rate / self.result.achieved
 
     def as_json(self) -> dict[str, Any]:
         """Return everything; durations are in seconds, rates per second."""

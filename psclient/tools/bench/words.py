@@ -7,7 +7,6 @@ from psclient.tools.bench.trial import Trial
 from psclient.tools.figures import percent, size
 
 FULL = 0.95  # share of busy processors beyond which a machine may be the bottleneck
-IDLE = 0.7  # cores of a shard below which it is not the bottleneck
 
 
 def facts(trial: Trial) -> list[tuple[str, str]]:
@@ -24,7 +23,7 @@ def facts(trial: Trial) -> list[tuple[str, str]]:
         *found,
         ("offered in this run", f"{rate(result.offered)} requests/s"),
         ("achieved", f"{rate(result.achieved)} requests/s"),
-        ("keys", f"{rate(result.keys)} per second"),
+        ("keys pulled and pushed", f"{rate(result.keys)}/s"),
         ("rows and gradients", f"{size(result.bytes)}/s"),
         ("p50 latency", duration(p50)),
         ("p99 latency", duration(p99)),
@@ -105,15 +104,11 @@ def doubts(trial: Trial) -> list[str]:
             f"the processors of the load generator's machine were {share(trial.busy)} busy: if the"
             " shards or other programs run there too, the shards alone carry more than this"
         )
-    if trial.knee is not None and trial.knee.at is not None and trial.uses:
-        most = max(each.cores for each in trial.uses)
-        most *= trial.knee.at.rate / max(trial.result.achieved, 1.0)
-        if trial.knee.above is not None and most < IDLE:
-            found.append(
-                f"at the knee, the busiest shard used about {most:.2f} cores, so that something"
-                " else was the limit: the load generator, its machine, the network, or the disk."
-                " The rates above are lower bounds"
-            )
+    if trial.sizing is not None and not trial.sizing.limited:
+        found.append(
+            f"at the knee, the busiest shard used only about {trial.knee_cores:.2f} cores, so that"
+            " the load generator, its machine, the network or the disk was the limit"
+        )
     return found
 
 

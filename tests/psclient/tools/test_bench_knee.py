@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from psclient.errors import InvalidArgument
 from psclient.tools.bench.knee import Knee, Point, knee_of, problem, sweep
-from psclient.tools.bench.sizing import Cost, Sizing, cost_of, sentences
+from psclient.tools.bench.sizing import Cost, Sizing, cost_of, sentences, table
 
 GOAL = 0.02  # p99, seconds
 
@@ -180,8 +181,9 @@ def test_shards_for_a_rate_are_the_fewest_that_carry_it() -> None:
 def test_sentences_name_what_to_do() -> None:
     said = " ".join(sentences(sizing(Cost(100e-6, 0.8e-6)), wanted=1000))
     assert "2 shards carry 400 requests per second" in said
-    assert "400,000 keys per second" in said
     assert "500 us of processor time: 100 us for its messages and 400 us for its 500 keys" in said
+    assert "twice as many shards carry about 667 requests" in said
+    assert "no number of shards carries more than 2,000" in said
     assert "For 1,000 requests per second, start 8 shards" in said
     assert "3,580,000 rows" in said
     assert "No number of shards carries 3,000" in " ".join(
@@ -189,3 +191,15 @@ def test_sentences_name_what_to_do() -> None:
     )
     nothing = Sizing(shards=2, keys=1000, recommended=0.0, cost=None, row_bytes=300.0)
     assert "No rate kept the objective" in sentences(nothing)[0]
+    assert not table(nothing)
+    assert table(sizing(Cost(100e-6, 0.8e-6)))[1] == ("2", "500", "400")
+
+
+def test_nothing_is_said_of_other_clusters_if_the_shards_were_idle() -> None:
+    idle = replace(sizing(Cost(100e-6, 0.8e-6)), limited=False)
+    said = " ".join(sentences(idle, wanted=1000))
+    assert "The shards were not busy at the knee" in said
+    assert "start" not in said
+    assert "cannot say" in said
+    assert "2 shards suffice" in " ".join(sentences(idle, wanted=399))
+    assert not table(idle)
