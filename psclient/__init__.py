@@ -22,6 +22,7 @@ channel.py     gRPC channels that survive forks and signals
 retry.py       errors of failed calls, pauses between attempts
 session.py     one request to one shard, and the sequence numbers of its pushes
 discovery.py   find the shards of a cluster behind one DNS name
+status.py      ask each shard for its state, even while some are down
 places.py      where the shards are: at listed addresses, or behind one name
 patience.py    how a connection waits while its shard is overloaded
 link.py        connection to one shard: base class of stream.py and unary.py
@@ -151,7 +152,6 @@ tools/analysis.py               compute the summary of a live table, or of one i
 tools/sink.py                   write the rows that an analysis read to a Parquet file
 tools/history.py                a file with the results of past analyses: how a table grew
 tools/keys.py                   where a key's row is, or why it has none
-tools/status.py                 the state of each shard
 tools/doctor.py                 what is wrong with a cluster, and what to do
 tools/rules.py                  rules as typed on the command line: counter:threshold=3
 tools/figures.py                numbers and counts of an analysis, formatted as text
@@ -203,6 +203,7 @@ from psclient.identity import rank_identity
 from psclient.pending import Pending
 from psclient.pipeline import Pipeline
 from psclient.schema import TableInfo
+from psclient.status import ShardStatus
 from psclient.strings import hash_keys
 from psclient.subscriber import Subscriber
 from psclient.table import PulledRows, Table
@@ -219,6 +220,7 @@ __all__ = [
     "Pipeline",
     "PsError",
     "PulledRows",
+    "ShardStatus",
     "Subscriber",
     "Table",
     "TableInfo",

@@ -231,6 +231,7 @@ class AsyncClient:
     describe_table = _awaited(Client.describe_table)
     incomplete_tables = _awaited(Client.incomplete_tables)
     list_tables = _awaited(Client.list_tables)
+    status = _awaited(Client.status)
     drop_table = _awaited(Client.drop_table)
     wait_durable = _awaited(Client.wait_durable)
     barrier = _awaited(Client.barrier)

@@ -20,6 +20,7 @@ from psclient.errors import TableNotFound
 from psclient.fanout import Ask, ask_all
 from psclient.rowclient import RowClient
 from psclient.schema import TableInfo, table_info, table_schema
+from psclient.status import ShardStatus, status
 from psclient.table import Table
 from psclient.versions import Versions
 from psproto import ps_pb2 as pb
@@ -155,6 +156,18 @@ class Client(RowClient):
             name: [number for number, shard in enumerate(shards) if name in shard] for name in names
         }
         return {name: some for name, some in having.items() if len(some) < len(shards)}
+
+    def status(self, *, timeout: float = 5.0) -> list[ShardStatus]:
+        """Return the state and the live figures of every shard, in order, even if some are down.
+
+        timeout  seconds to wait for each shard
+
+        A shard that does not answer is in the list with the state "unreachable". This opens
+        connections of its own, so that it works before the client has connected to all shards.
+        """
+        self._require_open()
+        seconds = checked.seconds("timeout", timeout)
+        return status(self._addresses, timeout=seconds, access=self._access)
 
     def _listed(self) -> list[dict[str, pb.DescribeTableResponse]]:
         """Return for each shard {name of a table: the shard's description of it}."""

@@ -19,16 +19,15 @@ from psclient.checkpoints import describe
 from psclient.client import Client
 from psclient.errors import DataLoss, DeadlineExceeded, PsError, RestoreConflict, Unavailable
 from psclient.link import Link
+from psclient.status import OVER, PREPARED
 from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus
 Step = pb.RestoreRequest
 PATIENCE = 3600.0  # maximum seconds to wait until all shards reach a phase
-PREPARED = Status.PHASE_PREPARED
 POLL = 0.2  # seconds between two polls
 POLL_TIMEOUT = 2.0  # seconds; short, so that a shard that restarts does not delay other polls
 TAKEOVER = 10.0  # maximum seconds to wait until the servers consider a silent owner gone
-OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)  # no restore runs
 NO_ABORT = (*OVER, Status.PHASE_ABORTING)  # phases in which a shard needs no step to abort
 BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)  # old tables come back
 

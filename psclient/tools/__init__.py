@@ -34,7 +34,6 @@ analysis.py               compute the summary of a live table, or of one in a ch
 sink.py                   write the rows that an analysis read to a Parquet file
 history.py                a file with the results of past analyses: how a table grew
 keys.py                   find the row of a key, or the reason why it has none
-status.py                 ask every shard for its state
 doctor.py                 what is wrong with a cluster, and what to do
 rules.py                  rules as typed on the command line: counter:threshold=3
 figures.py                numbers and counts of an analysis, formatted as text

@@ -16,7 +16,7 @@ from psclient.errors import ServerFailure, answer_of
 from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
-from psclient.tools.status import ShardStatus, status
+from psclient.status import ShardStatus, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 

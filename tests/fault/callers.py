@@ -22,7 +22,7 @@ import numpy as np
 
 from psclient import Client, Follower, Subscriber, admin
 from psclient.aio import AsyncClient
-from psclient.tools.status import status
+from psclient.status import status
 
 KEYS = np.arange(64)  # they belong to all shards
 ONES = -np.ones((64, 1), np.float32)  # gradients that add 1 to a row

@@ -36,7 +36,7 @@ from squeeze import environment  # noqa: E402
 
 from psclient import Client, PsError, Subscriber, admin  # noqa: E402
 from psclient.errors import ResourceExhausted  # noqa: E402
-from psclient.tools.status import status  # noqa: E402
+from psclient.status import status  # noqa: E402
 
 GIB = 1 << 30
 PROCESSES, THREADS = 3, 8  # of clients that push

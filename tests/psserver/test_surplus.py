@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import Labels, free_ports, scrape, serve
 
-from psclient.tools.status import status
+from psclient.status import status
 
 CALLS = [
     "InfoService/GetServerInfo",

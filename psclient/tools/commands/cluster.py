@@ -22,8 +22,8 @@ from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.output import Output
 from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
-from psclient.tools.status import ShardStatus
-from psclient.tools.status import status as ask_shards
+from psclient.status import ShardStatus
+from psclient.status import status as ask_shards
 
 STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
 

@@ -27,7 +27,7 @@ from psclient.tls import Tls
 from psclient.tools.commands import exits, output
 from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.output import Output
-from psclient.tools.status import status
+from psclient.status import status
 
 CHECK_SECONDS = 1.0  # time to find out why a server is not reached
 DEFAULT = "127.0.0.1:7000"

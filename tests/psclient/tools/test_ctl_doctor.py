@@ -17,7 +17,7 @@ from psclient import discovery
 from psclient.tools import ctl, doctor
 from psclient.tools.commands.shell import Exit
 from psclient.tools.doctor import Finding, examine
-from psclient.tools.status import ShardStatus, status
+from psclient.status import ShardStatus, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 from psserver.errors import NotAShard

@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 from psclient import Client
 from psclient.errors import InvalidArgument, TableNotFound, Unavailable
 from psclient.tools import ctl
-from psclient.tools import status as states
+from psclient import status as states
 from psclient.tools.commands.shell import Exit
 from psclient.tools.rules import parse_rule, rule_text
-from psclient.tools.status import status
+from psclient.status import status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 

@@ -1,4 +1,8 @@
-"""Ask every shard for its state. Works even while some shards are down."""
+"""Ask every shard for its state and its live figures. Works even while some shards are down.
+
+A shard answers GetStatus at any time. If it is not ready, it is also asked what it refuses requests
+for. Servers of older releases, which do not have GetStatus, are only asked for the latter.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -16,12 +20,19 @@ from psclient.access import Access, host_of
 from psclient.channel import Channel
 from psclient.discovery import Discovery
 from psclient.errors import InvalidArgument, PsError, answer_of
-from psclient.restores import OVER, PREPARED
 from psclient.retry import rpc_error
 from psclient.routes import Route
 from psproto import ps_pb2 as pb
 
+OVER = (  # phases in which no restore runs
+    pb.RestoreStatus.PHASE_UNSPECIFIED,
+    pb.RestoreStatus.PHASE_RELEASED,
+    pb.RestoreStatus.PHASE_ABORTED,
+)
+PREPARED = pb.RestoreStatus.PHASE_PREPARED
 STATES = {  # by reason of the error
+    "UNAUTHENTICATED": "forbidden",
+    "PERMISSION_DENIED": "forbidden",
     "STARTING": "starting",
     "DRAINING": "draining",
     "RESTORING": "restoring",
@@ -31,12 +42,17 @@ STATES = {  # by reason of the error
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """State of one shard. All numbers are None if it did not answer.
+    """State and live figures of one shard. All numbers are None if it did not answer.
 
     state    "ready"; "starting", "draining" or "restoring": it refuses requests for a while;
              "misplaced": its address is at the wrong position of the list, or its server belongs
-             to no shard; "unreachable"
+             to no shard; "forbidden": the client has no right to ask it; "unreachable"
     problem  reason why it is not ready; None: it is ready
+    live     message GetStatusResponse, whose fields ps.proto explains: requests, latencies, tables,
+             budgets, subscribers and more; None: it did not answer, or has an older release
+
+    Counts in ``live`` grow from the start of the server on. So a rate is the difference between two
+    answers, divided by the difference of their ``live.uptime_seconds``.
     """
 
     shard: int  # position of its address in the list
@@ -58,6 +74,7 @@ class ShardStatus:
     gpu_budget_bytes: int | None = None
     gpu_paused: bool | None = None  # no rows are moved to the GPU, because it has no memory
     damaged_blocks: int | None = None  # blocks of rows on disk that are known to be damaged
+    live: pb.GetStatusResponse | None = None
 
     @property
     def ready(self) -> bool:
@@ -135,8 +152,12 @@ def _ask(
         return ShardStatus(
             shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
         )
+    live = None
     try:
         with closing(Channel(Route(address, name=name), access)) as channel:
+            live = _live(channel, timeout, address)
+            if live is not None and live.phase == pb.PHASE_READY:
+                return _ready(live, shard, shards, address)
             info = call_shard(
                 channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
             )
@@ -144,8 +165,63 @@ def _ask(
             state, problem = _state(channel, answer, shard, shards, address, timeout)
     except PsError as error:
         state = STATES.get(error.reason, "unreachable")
-        return ShardStatus(shard=shard, address=address, state=state, problem=str(error))
-    return _answered(answer, shard, address, state, problem)
+        return ShardStatus(shard=shard, address=address, state=state, problem=str(error), live=live)
+    return replace(_answered(answer, shard, address, state, problem), live=live)
+
+
+def _live(channel: Channel, timeout: float, address: str) -> pb.GetStatusResponse | None:
+    """Ask a shard for its live figures; return None if its release is too old for that."""
+    try:
+        data = call_shard(channel, "InfoService/GetStatus", pb.GetStatusRequest(), timeout, address)
+    except Unimplemented:
+        return None
+    return answer_of(pb.GetStatusResponse, data, address)
+
+
+def _ready(live: pb.GetStatusResponse, shard: int, shards: int, address: str) -> ShardStatus:
+    """Return the ShardStatus of a shard that serves requests; the arguments are fields of it.
+
+    shards  number of addresses in the list
+    """
+    problem = _misplaced(live.shard, live.shards, shard, shards, address)
+    budgets = {each.name: each for each in live.budgets}
+    memory, gpu = budgets.get("host_bytes"), budgets.get("hbm_bytes")
+    log = live.log if live.HasField("log") else None
+    return ShardStatus(
+        shard=shard,
+        address=address,
+        state="misplaced" if problem else "ready",
+        problem=problem,
+        release=live.release,
+        uptime_seconds=live.uptime_seconds,
+        version=live.version,
+        durable_version=log.durable_version if log else None,
+        log_first_version=log.first_version if log else None,
+        log_bytes=log.bytes if log else None,
+        flush_age_seconds=live.storage.flush_age_seconds if live.HasField("storage") else None,
+        tables=live.table_count,
+        rows=live.rows,
+        memory_bytes=memory.used if memory else None,
+        memory_budget_bytes=memory.limit if memory else None,
+        gpu_bytes=gpu.used if gpu else None,
+        gpu_budget_bytes=gpu.limit if gpu else None,
+        gpu_paused=live.gpu_paused if gpu else None,
+        damaged_blocks=live.damaged_blocks,
+        live=live,
+    )
+
+
+def _misplaced(
+    number: int, count: int, shard: int, shards: int, address: str
+) -> str | None:
+    """Return why a server is not the expected shard; None: it is.
+
+    number, count  its own number, and its number of shards
+    shard, shards  expected: position of its address in the list, and length of the list
+    """
+    if (number, count) == (shard, shards):
+        return None
+    return f"{address} is shard {number} of {count}, but is listed as shard {shard} of {shards}"
 
 
 def _answered(
@@ -188,17 +264,19 @@ def _state(
 
     The other arguments are those of ``_ask``.
     """
-    if (info.shard, info.shard_map.shards) != (shard, shards):
-        return "misplaced", (
-            f"{address} is shard {info.shard} of {info.shard_map.shards},"
-            f" but is listed as shard {shard} of {shards}"
-        )
+    problem = _misplaced(info.shard, info.shard_map.shards, shard, shards, address)
+    if problem is not None:
+        return "misplaced", problem
     data = call_shard(channel, "CheckpointService/Restore", pb.RestoreRequest(), timeout, address)
     restore = answer_of(pb.RestoreStatus, data, address)
     if restore.phase in (*OVER, PREPARED):
         return "ready", None
     phase = pb.RestoreStatus.Phase.Name(restore.phase).removeprefix("PHASE_").lower()
     return "restoring", f"restore of checkpoint {restore.name!r}, phase {phase}"
+
+
+class Unimplemented(PsError):
+    """A server does not have a method, because its release is older."""
 
 
 def call_shard(channel: Channel, method: str, request: Any, timeout: float, address: str) -> bytes:
@@ -211,6 +289,8 @@ def call_shard(channel: Channel, method: str, request: Any, timeout: float, addr
     try:
         return channel.call(f"/ps.v1.{method}", request.SerializeToString(), timeout)
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise Unimplemented(f"{address}: the server does not have {method}") from None
         raise rpc_error(error, channel, address) from None
     except ValueError as error:  # gRPC cannot parse the address
         raise InvalidArgument(f"{address}: {error}") from None
