@@ -152,9 +152,11 @@ tools/analysis.py               compute the summary of a live table, or of one i
 tools/sink.py                   write the rows that an analysis read to a Parquet file
 tools/history.py                a file with the results of past analyses: how a table grew
 tools/keys.py                   where a key's row is, or why it has none
+tools/figures.py                numbers and counts of an analysis, formatted as text
+tools/resources.py              what psctl doctor finds in live figures
 tools/doctor.py                 what is wrong with a cluster, and what to do
 tools/rules.py                  rules as typed on the command line: counter:threshold=3
-tools/figures.py                numbers and counts of an analysis, formatted as text
+tools/rates.py                  rates of a cluster between two samples
 tools/listing.py                aligned columns of text for the terminal
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
@@ -176,12 +178,14 @@ tools/bench/words.py            main figures and sentences about a load test
 tools/bench/plots.py            plots as HTML and SVG, without scripts
 tools/bench/report.py           a load test as an HTML page
 tools/bench/live.py             figures of a run in the terminal, while it runs
+tools/topview.py                draw a sample of psctl top
 tools/commands/exits.py         exit statuses, and the status for each error
 tools/commands/output.py        results and errors as text or as JSON
 tools/commands/progress.py      progress bar
 tools/commands/shell.py         options, connection and errors of all commands
 tools/commands/completion.py    names of tables and checkpoints for the completion of a shell
 tools/commands/cluster.py       psctl status, tail
+tools/commands/top.py           psctl top
 tools/commands/doctor.py        psctl doctor
 tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/alter.py         psctl alter

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from psclient import restores
 from psclient.client import Client
 from psclient.errors import TrainerBehind
+from psclient.status import OVER, PREPARED
 from psclient.trainerstate import RankState, SessionState, ShardState, TrainerState
 from psproto import ps_pb2 as pb
 
@@ -146,7 +147,7 @@ def interrupted(client: Client) -> set[str]:
     """Return the names of the checkpoints of restores that have begun and not ended. While there is
     one, the shards refuse other calls.
     """
-    over = (*restores.OVER, restores.PREPARED)
+    over = (*OVER, PREPARED)
     return {each.name for each in restores.statuses_of(client) if each.phase not in over}
 
 

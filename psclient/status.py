@@ -19,7 +19,7 @@ from psclient import addresses
 from psclient.access import Access, host_of
 from psclient.channel import Channel
 from psclient.discovery import Discovery
-from psclient.errors import InvalidArgument, PsError, answer_of
+from psclient.errors import InvalidArgument, PermissionDenied, PsError, Unauthenticated, answer_of
 from psclient.retry import rpc_error
 from psclient.routes import Route
 from psproto import ps_pb2 as pb
@@ -31,8 +31,6 @@ OVER = (  # phases in which no restore runs
 )
 PREPARED = pb.RestoreStatus.PHASE_PREPARED
 STATES = {  # by reason of the error
-    "UNAUTHENTICATED": "forbidden",
-    "PERMISSION_DENIED": "forbidden",
     "STARTING": "starting",
     "DRAINING": "draining",
     "RESTORING": "restoring",
@@ -165,6 +163,8 @@ def _ask(
             state, problem = _state(channel, answer, shard, shards, address, timeout)
     except PsError as error:
         state = STATES.get(error.reason, "unreachable")
+        if isinstance(error, (Unauthenticated, PermissionDenied)):
+            state = "forbidden"
         return ShardStatus(shard=shard, address=address, state=state, problem=str(error), live=live)
     return replace(_answered(answer, shard, address, state, problem), live=live)
 
@@ -211,9 +211,7 @@ def _ready(live: pb.GetStatusResponse, shard: int, shards: int, address: str) ->
     )
 
 
-def _misplaced(
-    number: int, count: int, shard: int, shards: int, address: str
-) -> str | None:
+def _misplaced(number: int, count: int, shard: int, shards: int, address: str) -> str | None:
     """Return why a server is not the expected shard; None: it is.
 
     number, count  its own number, and its number of shards

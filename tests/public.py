@@ -28,7 +28,17 @@ from psclient.torch import (
 DIM = 4
 MODULES = ("psclient.aio", "psclient.torch", "psclient.multihash", "psclient.mixed")
 PLAIN = {  # values and exceptions: no cluster
-    *("Alteration", "Batch", "Change", "PsError", "PulledRows", "ShardStatus", "TableInfo", "Tls", "Versions"),
+    *(
+        "Alteration",
+        "Batch",
+        "Change",
+        "PsError",
+        "PulledRows",
+        "ShardStatus",
+        "TableInfo",
+        "Tls",
+        "Versions",
+    ),
     *("PulledParts", "PulledMixed"),
 }
 ELSEWHERE = {  # tests of their own; abstract
@@ -157,7 +167,15 @@ def arguments(thing: Any, method: str, name: str) -> tuple[Any, ...]:
             return ({name: batch} if whole else keys,)
         case "pull_pooled":
             return (keys, [0, 2])
-        case "alter" | "describe" | "incomplete_tables" | "list_tables" | "wait_durable" | "step" | "status":
+        case (
+            "alter"
+            | "describe"
+            | "incomplete_tables"
+            | "list_tables"
+            | "wait_durable"
+            | "step"
+            | "status"
+        ):
             return ()
         case "alter_table" | "describe_table" | "drop_table" | "evict" | "table" | "barrier":
             return (name,)

@@ -34,9 +34,11 @@ analysis.py               compute the summary of a live table, or of one in a ch
 sink.py                   write the rows that an analysis read to a Parquet file
 history.py                a file with the results of past analyses: how a table grew
 keys.py                   find the row of a key, or the reason why it has none
+figures.py                numbers and counts of an analysis, formatted as text
+resources.py              what psctl doctor finds in live figures
 doctor.py                 what is wrong with a cluster, and what to do
 rules.py                  rules as typed on the command line: counter:threshold=3
-figures.py                numbers and counts of an analysis, formatted as text
+rates.py                  rates of a cluster between two samples
 listing.py                aligned columns of text for the terminal
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
@@ -58,12 +60,14 @@ bench/words.py            main figures and sentences about a load test
 bench/plots.py            plots as HTML and SVG, without scripts
 bench/report.py           a load test as an HTML page
 bench/live.py             figures of a run in the terminal, while it runs
+topview.py                draw a sample of psctl top
 commands/exits.py         exit statuses, and the status for each error
 commands/output.py        results and errors as text or as JSON
 commands/progress.py      progress bar
 commands/shell.py         options, connection and errors of all commands
 commands/completion.py    names of tables and checkpoints for the completion of a shell
 commands/cluster.py       psctl status, tail
+commands/top.py           psctl top
 commands/doctor.py        psctl doctor
 commands/tables.py        psctl tables, table, create, drop, evict
 commands/alter.py         psctl alter

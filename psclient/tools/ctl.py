@@ -12,10 +12,11 @@ from psclient.tools.commands import (
     repairs,
     rows,
     tables,
+    top,
 )
 from psclient.tools.commands.shell import app
 
-COMMANDS = (cluster, doctor, tables, alter, checkpoints, repairs, rows, analyses, bench)
+COMMANDS = (cluster, top, doctor, tables, alter, checkpoints, repairs, rows, analyses, bench)
 GROUPS = [each.__name__ for each in COMMANDS]
 app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__module__))
 

@@ -17,6 +17,7 @@ from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
 from psclient.status import ShardStatus, status
+from psclient.tools import resources
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 
@@ -30,6 +31,7 @@ ADVICE = {  # by the state of a shard that is not ready
     "restoring": "wait, or see psctl restore --abort",
     "misplaced": "start only as many servers as there are shards; list them in the order of their"
     " numbers, or give the one name of all",
+    "forbidden": "use a token or certificate with the right: docs/security.md",
     "unreachable": "check that its server runs, then the name, the port and the network policy",
 }
 
@@ -67,6 +69,9 @@ def examine(
     found = [_name(each) for each in dict.fromkeys(servers) if not each.startswith("unix:")]
     shards = status(where, timeout=timeout, access=access)
     found += [_state(each) for each in shards]
+    for each in shards:
+        if each.live is not None and each.ready:
+            found += [Finding(each.shard, *facts) for facts in resources.examine(each.live)]
     found.append(_releases(shards))
     ready = [each for each in shards if each.release is not None]
     with ThreadPoolExecutor(max(1, min(len(ready), 64)), "psclient-doctor") as pool:

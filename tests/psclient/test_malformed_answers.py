@@ -14,8 +14,8 @@ from fakes import Method, fake_server, info
 from psclient import Client, Table, discovery
 from psclient.errors import InvalidArgument, PsError, ServerFailure, error_of
 from psclient.rows import warm_start
-from psclient.tools.doctor import examine
 from psclient.status import status
+from psclient.tools.doctor import examine
 from psproto import ps_pb2 as pb
 
 NONSENSE = b"\xff"  # not a protobuf message

@@ -6,6 +6,7 @@ progress.py      progress bar
 shell.py         options, connection and errors of all commands
 completion.py    names of tables and checkpoints for the completion of a shell
 cluster.py       psctl status, tail
+top.py           psctl top
 doctor.py        psctl doctor
 tables.py        psctl tables, table, create, drop, evict
 alter.py         psctl alter

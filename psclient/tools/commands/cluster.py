@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from psclient.changes import Change
+from psclient.status import ShardStatus
+from psclient.status import status as ask_shards
 from psclient.subscriber import CONTENTS, STARTS, Subscriber
 from psclient.tools import figures
 from psclient.tools.commands import completion
@@ -22,8 +24,6 @@ from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.output import Output
 from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
-from psclient.status import ShardStatus
-from psclient.status import status as ask_shards
 
 STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
 
@@ -44,6 +44,7 @@ def status(
       restoring    It is being restored from a checkpoint, and refuses requests.
       draining     It is stopping, and refuses new requests.
       misplaced    Its address is at the wrong position in --servers, or it is one server too many.
+      forbidden    You have no right to ask it.
       unreachable  It does not answer.
 
     \b
@@ -53,12 +54,21 @@ def status(
       log        size of the version log, which records all changes
       flush age  age of the oldest change that a restart would replay from the log
 
-    Exit status: 0 if all shards are ready, 3 if a shard is unreachable, otherwise 1.
+    \b
+    Columns of clients:
+      streams       open streams of clients
+      subscribers   subscribers of changes; lag: age of the oldest change that one has not received
+      lane clients  clients on this machine that use shared memory, and how much (docs/lane.md)
+
+    Exit status: 0 if all shards are ready, 3 if a shard is unreachable, 5 if one is forbidden,
+    otherwise 1.
     """
     shards = ask_shards(session.addresses, timeout=timeout, access=session.access)
     session.show(shards, lambda: _show_shards(shards))
     if any(each.state == "unreachable" for each in shards):
         raise typer.Exit(Exit.UNREACHABLE)
+    if any(each.state == "forbidden" for each in shards):
+        raise typer.Exit(Exit.NOT_PERMITTED)
     if not all(each.ready for each in shards):
         raise typer.Exit(Exit.FAILED)
 
@@ -90,6 +100,7 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
             columns.append("GPU memory")
             lines = [(*cells, _gpu(each)) for cells, each in zip(lines, answered, strict=True)]
         print_listing(listing("shard", *columns), lines)
+        _show_clients(answered)
     for each in shards:
         if each.problem:
             problem = f"shard {each.shard} is {each.state}: {each.problem}"
@@ -101,6 +112,28 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
         if each.gpu_paused:
             text = f"the GPU of shard {each.shard} is full: see psctl doctor"
             console.print(Text(text, style="bold red"), soft_wrap=True)
+
+
+def _show_clients(shards: Sequence[ShardStatus]) -> None:
+    """Print how many clients, subscribers and lanes each shard has, if it says so."""
+    lines = [
+        (
+            str(each.shard),
+            str(each.live.streams),
+            str(each.live.subscribers.subscribers) if each.live.HasField("subscribers") else "-",
+            f"{each.live.subscribers.lag_seconds:.0f} s"
+            if each.live.subscribers.subscribers
+            else "-",
+            str(each.live.lanes.clients) if each.live.HasField("lanes") else "off",
+            figures.size(each.live.lanes.bytes) if each.live.HasField("lanes") else "-",
+        )
+        for each in shards
+        if each.live is not None
+    ]
+    if lines:
+        typer.echo()
+        columns = ("streams", "subscribers", "lag", "lane clients", "lane memory")
+        print_listing(listing("shard", *columns), lines)
 
 
 def _data(shard: ShardStatus) -> tuple[str, ...]:

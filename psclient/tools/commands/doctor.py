@@ -30,11 +30,12 @@ def doctor(
     """Find out what is wrong with the cluster, and what to do.
 
     Checks the names of the servers and how long their look-up takes, the state of each shard, the
-    releases and the clocks. Each shard checks its own memory limit, open files, processor,
+    releases and the clocks; whether a limit is nearly reached, subscribers lag, a flush is overdue,
+    or a certificate expires soon. Each shard checks its own memory limit, open files, processor,
     compiled kernels, data directory, disk, and how long a sync to disk takes.
 
     A warning means that something works, but not well. Exit status: 0 if there is no error, 3 if a
-    shard is unreachable, otherwise 1.
+    shard is unreachable, 5 if you have no right to ask it, otherwise 1.
     """
     if as_json:
         session.output = Output.JSON
@@ -43,6 +44,8 @@ def doctor(
     wrong = [each for each in found if each.state == "error"]
     if any(each.found.startswith("unreachable: ") for each in wrong):
         raise typer.Exit(Exit.UNREACHABLE)
+    if any(each.found.startswith("forbidden: ") for each in wrong):
+        raise typer.Exit(Exit.NOT_PERMITTED)
     if wrong:
         raise typer.Exit(Exit.FAILED)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import typer
+from google.protobuf.message import Message
 
 from psclient.tools.commands.exits import Exit
 
@@ -36,7 +37,8 @@ class Output(StrEnum):
 def plain(value: Any) -> Any:
     """Convert a value to what JSON has: dicts, lists, strings, numbers, booleans and None.
 
-    value  may contain dataclasses, enumerations, arrays and numbers of NumPy, and paths
+    value  may contain dataclasses, enumerations, arrays and numbers of NumPy, paths, and messages
+           of protobuf
 
     NaN and infinity, which JSON does not have, become None.
     """
@@ -50,11 +52,29 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if is_dataclass(value):
         return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Message):
+        return _message(value)
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}
     if isinstance(value, Sequence):
         return [plain(each) for each in value]
     return str(value)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return the fields of a protobuf message by name. What is not set and may be is None."""
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.has_presence and not message.HasField(field.name):
+            found[field.name] = None
+        elif field.enum_type is not None:
+            found[field.name] = field.enum_type.values_by_number[value].name
+        elif field.is_repeated:
+            found[field.name] = [plain(each) for each in value]
+        else:
+            found[field.name] = plain(value)
+    return found
 
 
 def print_json(value: Any) -> None:

@@ -23,11 +23,11 @@ from psclient.access import Access, Security
 from psclient.addresses import checked_where, is_name
 from psclient.client import Client
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
+from psclient.status import ShardStatus, status
 from psclient.tls import Tls
 from psclient.tools.commands import exits, output
 from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.output import Output
-from psclient.status import status
 
 CHECK_SECONDS = 1.0  # time to find out why a server is not reached
 DEFAULT = "127.0.0.1:7000"
@@ -145,6 +145,10 @@ class Session:
     def access(self) -> Access:
         """Return how to connect to the servers."""
         return Access(**self.security)
+
+    def status(self, timeout: float = 5.0) -> list[ShardStatus]:
+        """Ask every shard for its state, at most ``timeout`` seconds. Works if some are down."""
+        return status(self.addresses, timeout=timeout, access=self.access)
 
     @contextmanager
     def client(self, timeout: float | None = None) -> Iterator[Client]:

@@ -13,16 +13,18 @@ from pods import Pod
 from servers import Cluster, free_ports
 from typer.testing import CliRunner
 
+from deploy.components.monitoring import thresholds
 from psclient import discovery
-from psclient.tools import ctl, doctor
+from psclient.status import ShardStatus, status
+from psclient.tools import ctl, doctor, resources
 from psclient.tools.commands.shell import Exit
 from psclient.tools.doctor import Finding, examine
-from psclient.status import ShardStatus, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 from psserver.errors import NotAShard
 
 OWN = {"release", "number", "memory", "open files", "processor", "kernels", "disk", "fsync"}
+LIVE = {"limits", "subscribers", "flush"}
 
 
 def psctl(servers: list[str], *words: str) -> tuple[int, str]:
@@ -52,7 +54,7 @@ def test_a_cluster_in_order(cluster2: Cluster) -> None:
     assert [each for each in found if each.state == "error"] == []
     for shard in range(2):
         checks = {each.check for each in found if each.shard == shard}
-        assert OWN | {"shard", "data directory", "clock", "time"} == checks
+        assert OWN | LIVE | {"shard", "data directory", "clock", "time"} == checks
     status, text = psctl(cluster2.addresses, "--json")
     listed = json.loads(text)
     assert status == Exit.OK
@@ -164,3 +166,80 @@ def test_a_server_too_many_behind_one_name(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_socket_has_no_name_to_look_up(tmp_path: Path) -> None:
     found = examine([f"unix:{tmp_path}/socket"], timeout=0.5)
     assert [each.check for each in found] == ["shard", "release"]
+
+
+# ---- live figures
+
+
+def live(**fields: Any) -> pb.GetStatusResponse:
+    """Return the live figures of a shard in order."""
+    figures = pb.GetStatusResponse(phase=pb.PHASE_READY, shards=1, time=time.time())
+    figures.storage.flush_age_seconds = 10
+    figures.subscribers.subscribers = 0
+    for name, value in fields.items():
+        part, _, field = name.partition("__")
+        setattr(getattr(figures, part) if field else figures, field or part, value)
+    return figures
+
+
+def findings(figures: pb.GetStatusResponse) -> dict[str, tuple[str, str]]:
+    """Return {check: (state, facts)} of the findings. Those that are not ok have advice."""
+    found = list(resources.examine(figures))
+    assert all(bool(advice) == (state != "ok") for _, state, _, advice in found)
+    return {check: (state, facts) for check, state, facts, _ in found}
+
+
+def test_figures_of_a_shard_in_order() -> None:
+    assert {check: state for check, (state, _) in findings(live()).items()} == dict.fromkeys(
+        ("limits", "subscribers", "flush"), "ok"
+    )
+
+
+@pytest.mark.parametrize("name", [*resources.ADVICE, "host_bytes"])
+def test_a_limit_that_is_nearly_reached(name: str) -> None:
+    figures = live()
+    if name == "host_bytes":
+        figures.ClearField("storage")  # rows have no disk to go to
+    budget = figures.budgets.add(name=name, used=89, limit=100)
+    assert findings(figures)["limits"][0] == "ok"
+    budget.used = 90
+    state, facts = findings(figures)["limits"]
+    assert (state, facts.startswith(f"{name}: 90")) == ("warning", True)
+
+
+def test_memory_for_rows_may_be_full_if_they_have_a_disk() -> None:
+    figures = live()
+    figures.budgets.add(name="host_bytes", used=100, limit=100)
+    figures.budgets.add(name="max_tables", used=5, limit=0)
+    assert findings(figures)["limits"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("check", "fields", "state"),
+    [
+        ("flush", {"storage__flush_age_seconds": 901}, "warning"),
+        ("flush", {"storage__flush_failure": "disk full"}, "error"),
+        ("subscribers", {"subscribers__subscribers": 1, "subscribers__lag_seconds": 59}, "ok"),
+        ("subscribers", {"subscribers__subscribers": 1, "subscribers__lag_seconds": 61}, "warning"),
+        ("certificate", {"certificate_expires": time.time() + 15 * 86_400}, "ok"),
+        ("certificate", {"certificate_expires": time.time() + 13 * 86_400}, "warning"),
+        ("certificate", {"certificate_expires": time.time() - 1}, "error"),
+    ],
+)
+def test_figures_that_are_out_of_order(check: str, fields: dict[str, float], state: str) -> None:
+    assert findings(live(**fields))[check][0] == state
+
+
+def test_the_thresholds_are_those_of_the_alerts() -> None:
+    assert resources.LAG_SECONDS == thresholds.SUBSCRIBER_LAG_SECONDS
+    assert resources.FLUSH_SECONDS == thresholds.FLUSH_SECONDS
+    assert resources.CERTIFICATE_SECONDS == thresholds.CERTIFICATE_DAYS * 86_400
+    assert pytest.approx(thresholds.MEMORY_HEADROOM) == 1 - resources.FULL
+
+
+def test_doctor_reports_the_figures_of_a_ready_shard() -> None:
+    figures = live(storage__flush_failure="disk full").SerializeToString()
+    methods = answering(time=time.time()) | {"InfoService/GetStatus": lambda _, __: figures}
+    with fake_server(methods) as address:
+        assert only(examine([address]), "flush").state == "error"
+        assert psctl([address])[0] == Exit.FAILED
