@@ -10,6 +10,7 @@ coldtable.py    a table whose rows are in blocks on disk, without a server
 peers/          other systems that do the standard work
 kernels.py      index, gather and optimizer steps, against C++ and the machine
 flood.py        sends requests at a given rate, whether or not the server keeps up
+overload.py     three times the requests that a shard can serve
 wire.py         pull and push, against a bare gRPC echo server
 step.py         the standard work through the client, against the peers
 scale.py        shards, clients, table sizes, memory, start-up
