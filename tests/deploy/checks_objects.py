@@ -21,6 +21,7 @@ MONITOR_FIELDS = {"selector", "podMetricsEndpoints"}
 ENDPOINT_FIELDS = {"port", "interval", "relabelings"}
 GROUP_FIELDS = {"name", "rules"}
 ALERT_FIELDS = {"alert", "expr", "for", "labels", "annotations"}
+RECORD_FIELDS = {"record", "expr"}
 KINDS = {
     "Namespace": "v1",
     "ServiceAccount": "v1",
@@ -237,8 +238,9 @@ def monitors(objects: list[Object]) -> Iterator[str]:
             yield from _unknown("PrometheusRule", spec, {"groups"})
             for group in spec["groups"]:
                 yield from _unknown("rule group", group, GROUP_FIELDS)
-                for alert in group["rules"]:
-                    yield from _unknown(f"alert {alert.get('alert')}", alert, ALERT_FIELDS)
+                for rule in group["rules"]:
+                    known = RECORD_FIELDS if "record" in rule else ALERT_FIELDS
+                    yield from _unknown(f"rule {rule.get('alert')}", rule, known)
 
 
 def _unknown(where: str, value: dict[str, Any], known: set[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import contactsheet
 import pytest
-from authority import Authority, Mount
+from authority import HOUR, Authority, Mount, dates
 from load import Load
 from servers import Cluster, eventually
 from tools import program
@@ -67,7 +67,10 @@ EXPRESSIONS = {
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mount]:
     """Certificates of one authority, for the servers and for their clients."""
     authority = Authority()
-    leaves = {"server": authority.server(), "client": authority.client()}
+    leaves = {
+        "server": authority.server(**dates(-HOUR, 20 * 24 * HOUR)),
+        "client": authority.client(),
+    }
     mounts = {who: Mount(tmp_path_factory.mktemp("tls") / who) for who in leaves}
     for who, leaf in leaves.items():
         mounts[who].put(authority.pem, leaf)

@@ -1,12 +1,16 @@
 """Write rules.yaml, the alerts for Prometheus, from the list ALERTS.
 
     python -m deploy.components.monitoring.alerts > deploy/components/monitoring/rules.yaml
+    python -m deploy.components.monitoring.alerts --plain > rules.yaml
 
-A test compares the file with the output of ``text``. The numbers are in thresholds.py.
+The first command writes an object for the Prometheus operator, the second one a rule file for a
+Prometheus without Kubernetes. A test compares the first file with the output of ``text``. The
+numbers are in thresholds.py.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +63,40 @@ def _refused(reason: str) -> str:
 def _p99(histogram: str, window: str = "5m") -> str:
     """Return the expression for the 99th percentile of a histogram, by shard."""
     buckets = f"sum by (namespace, shard, le) (rate({histogram}_bucket[{window}]))"
-    return f"histogram_quantile(0.99, {buckets})"
+    return f"histogram_quantile(0.99,\n{buckets})"
 
 
 # The claim for checkpoints. The chart replaces both names.
 CHECKPOINTS = '{namespace="ps", persistentvolumeclaim="ps-checkpoints"}'
+
+
+def _late(window: str) -> str:
+    """Return the name of the recording rule for the part of the changes in a window of time that
+    reached their subscribers too late.
+    """
+    return f"ps:late_changes:ratio_rate{window}"
+
+
+def _burns(burn: tuple[float, str, str]) -> str:
+    """Return the expression for shards that use up their error budget too fast.
+
+    burn  (burn rate, long window, short window), as in thresholds.py
+    """
+    rate, *windows = burn
+    permitted = f"{rate} * (1 - {at.FRESH_PART})"
+    return "\nand ".join(f"{_late(window)} > {permitted}" for window in windows)
+
+
+LATE = {  # name -> expression of the recording rules
+    _late(window): "1 - sum by (namespace, job, shard)"
+    f' (rate(ps_freshness_seconds_bucket{{le="{at.FRESH_SECONDS}"}}[{window}]))\n'
+    f"/ sum by (namespace, job, shard) (rate(ps_freshness_seconds_count[{window}]))"
+    for window in (*at.FAST_BURN[1:], *at.SLOW_BURN[1:])
+}
+TOO_LATE = (
+    f"{{{{ $value | humanizePercentage }}}} of the changes of shard {{{{ $labels.shard }}}} reach"
+    f" their subscribers later than {at.FRESH_SECONDS:g} s"
+)
 LATENCY = _p99("ps_request_duration_seconds")
 
 ALERTS = (
@@ -186,6 +219,22 @@ ALERTS = (
         "late subscriber",
     ),
     Alert(
+        "PsFreshnessBurnsFast",
+        "2m",
+        True,
+        _burns(at.FAST_BURN),
+        f"{TOO_LATE}, in the last {at.FAST_BURN[1]} and in the last {at.FAST_BURN[2]}.",
+        "late changes",
+    ),
+    Alert(
+        "PsFreshnessBurnsSlowly",
+        "15m",
+        False,
+        _burns(at.SLOW_BURN),
+        f"{TOO_LATE}, in the last {at.SLOW_BURN[1]} and in the last {at.SLOW_BURN[2]}.",
+        "late changes",
+    ),
+    Alert(
         "PsCertificateExpires",
         "15m",
         False,
@@ -193,6 +242,23 @@ ALERTS = (
         "The certificate '{{ $labels.certificate }}' of shard {{ $labels.shard }} expires in"
         " {{ $value | humanizeDuration }}.",
         "expiring certificate",
+    ),
+    Alert(
+        "PsPolicyInvalid",
+        "5m",
+        True,
+        "ps_policy_valid == 0",
+        "Shard {{ $labels.shard }} cannot read its policy file. It uses an older policy, so rights"
+        " that were revoked since then still hold.",
+        "invalid policy",
+    ),
+    Alert(
+        "PsAuditFails",
+        "",
+        True,
+        f"{SHARD} (increase(ps_audit_failures_total[15m])) > 0",
+        "Shard {{ $labels.shard }} cannot write its audit log.",
+        "audit log",
     ),
     Alert(
         "PsGpuPaused",
@@ -218,11 +284,18 @@ yaml.add_representer(str, _scalar, Dumper=_Dumper)
 
 def groups() -> list[dict[str, Any]]:
     """Return the groups of rules, in the form of a rule file of Prometheus."""
-    return [{"name": "embedding-ps", "rules": [alert.rule() for alert in ALERTS]}]
+    recorded = [{"record": name, "expr": expression} for name, expression in LATE.items()]
+    return [
+        {"name": "embedding-ps-freshness", "rules": recorded},
+        {"name": "embedding-ps", "rules": [alert.rule() for alert in ALERTS]},
+    ]
 
 
-def text() -> str:
-    """Return the contents of rules.yaml."""
+def text(plain: bool = False) -> str:
+    """Return the contents of rules.yaml.
+
+    plain  a rule file, without the object for the Prometheus operator around it
+    """
     rules = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
@@ -231,11 +304,15 @@ def text() -> str:
             "namespace": "ps",
             "labels": {"app.kubernetes.io/part-of": "embedding-ps"},
         },
-        "spec": {"groups": [{"name": "embedding-ps", "rules": [alert.rule() for alert in ALERTS]}]},
+        "spec": {"groups": groups()},
     }
-    dumped: str = yaml.dump(rules, Dumper=_Dumper, sort_keys=False, width=10_000)
+    dumped: str = yaml.dump(
+        rules["spec"] if plain else rules, Dumper=_Dumper, sort_keys=False, width=100
+    )
     return HEADER + dumped
 
 
 if __name__ == "__main__":
-    print(text(), end="")
+    parser = argparse.ArgumentParser(description="Write the alerts for Prometheus.")
+    parser.add_argument("--plain", action="store_true", help="a rule file, without Kubernetes")
+    print(text(parser.parse_args().plain), end="")

@@ -104,6 +104,37 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             limit=thresholds.SUBSCRIBER_LAG_SECONDS,
         ),
         Panel(
+            "Freshness",
+            "s",
+            "Time from the reply to a push until its change was written to a subscriber: median"
+            " and 99th percentile. The red line is the objective for the 99th percentile.",
+            {
+                f"{SHARD} p50": quantile(0.5, "ps_freshness_seconds", "shard"),
+                f"{SHARD} p99": quantile(0.99, "ps_freshness_seconds", "shard"),
+            },
+            limit=thresholds.FRESH_SECONDS,
+        ),
+        Panel(
+            "Distribution of freshness",
+            "s",
+            "How many changes per second reached a subscriber after how long.",
+            {"{{le}}": rate("ps_freshness_seconds_bucket", "le")},
+            Kind.HEATMAP,
+        ),
+        Panel(
+            "Burn rate of freshness",
+            "short",
+            "How fast the permitted part of late changes is used up, in the last hour and in the"
+            " last six hours. At 1, what is permitted in 30 days lasts for 30 days. The red line"
+            " is the threshold of the fast alert.",
+            {
+                f"{SHARD} {window}": f"{of(f'ps:late_changes:ratio_rate{window}')}"
+                f" / (1 - {thresholds.FRESH_PART})"
+                for window in (thresholds.FAST_BURN[1], thresholds.SLOW_BURN[1])
+            },
+            limit=thresholds.FAST_BURN[0],
+        ),
+        Panel(
             "Bytes to subscribers",
             "Bps",
             "Bytes per second sent to subscribers.",
@@ -219,15 +250,37 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
     ),
     "Security": (
         Panel(
-            "Time until certificates expire",
+            "Refused calls",
+            "reqps",
+            "Calls per second that the policy refused: the caller is unknown, has no right, or"
+            " sends more than its budget. The audit log names it.",
+            {"{{reason}}": rate("ps_refused_calls_total", "reason")},
+        ),
+        Panel(
+            "Time until the first certificate expires",
             "s",
             "Time until the certificate of a shard expires, or that of the authority that it"
-            " trusts. The red line is the threshold of an alert. No line without TLS.",
-            {
-                f"{SHARD} {{{{certificate}}}}": of("ps_certificate_expiry_timestamp_seconds")
-                + " - time()"
-            },
+            " trusts, whichever is first. The red line is the threshold of an alert. No line"
+            " without TLS.",
+            {SHARD: f"min by (shard) ({of('ps_certificate_expiry_timestamp_seconds')}) - time()"},
             limit=thresholds.CERTIFICATE_DAYS * 86400,
+        ),
+        Panel(
+            "Policy file in force",
+            "short",
+            "1: the shard uses its policy file. 0: the file is not valid, so an older policy is in"
+            " force. No line without a policy.",
+            {SHARD: of("ps_policy_valid")},
+        ),
+        Panel(
+            "Records of the audit log",
+            "short",
+            "Records per second that were written, and those that could not be written. No line"
+            " without an audit log.",
+            {
+                f"written, {SHARD}": rate("ps_audit_records_total", "shard"),
+                f"failed, {SHARD}": rate("ps_audit_failures_total", "shard"),
+            },
         ),
     ),
     "GPU": (
