@@ -201,6 +201,23 @@ def test_every_alert_names_a_section_of_the_runbook() -> None:
         assert section.lower() in headings, f"{rule['alert']}: the runbook has no {section!r}"
 
 
+def test_the_page_lists_every_alert_as_it_is() -> None:
+    """docs/monitoring.md has a row for each alert, with its severity, time and section."""
+    row = re.compile(
+        r"^\| `(\w+)` \| (\w+) \| ([\w ]+) \| .* \| \[[^]]*\]\(runbook.md#(.*)\) \|$", re.M
+    )
+    listed = row.findall((ROOT / "docs" / "monitoring.md").read_text())
+    assert listed == [
+        (
+            rule["alert"],
+            rule["labels"]["severity"],
+            f"{rule['for'][:-1]} min" if "for" in rule else "at once",
+            rule["annotations"]["action"].partition(", ")[2].lower().replace(" ", "-"),
+        )
+        for rule in alerts()
+    ]
+
+
 def _headings(page: Path) -> Iterator[str]:
     """Yield the headings of a page, in lower case."""
     for line in page.read_text().splitlines():

@@ -36,6 +36,11 @@ FLAGS = (
     *("--max-inflight-bytes", str(4 * MIB), "--flush-seconds", "2", "--scrub-seconds", "5"),
     *("--disk-bytes", str(40 * MIB)),
 )
+POLICY = """
+[principals.trainer]
+certificates = ["cn:trainer"]
+grants = [{verbs = ["*"], tables = ["*"]}]
+"""
 ELSEWHERE = {  # alert or panel -> why a local cluster has no data for it
     "PsCheckpointDiskLow": "the metrics come from the kubelet of Kubernetes",
     "PsGpuPaused": "needs a GPU",
@@ -84,7 +89,11 @@ def cluster(
     """Three shards, most of whose rows do not fit into memory."""
     program("prometheus", in_ci=False)
     url = f"file://{tmp_path_factory.mktemp('checkpoints')}"
+    policy = tmp_path_factory.mktemp("policy")
+    (policy / "policy.toml").write_text(POLICY)
     flags = [*FLAGS, *certificates["server"].flags, "--checkpoint-url", url]
+    flags += ["--policy-file", str(policy / "policy.toml")]
+    flags += ["--audit-file", str(policy / "audit.jsonl")]
     servers = Cluster(3, *flags, metrics=True).start()
     try:
         yield servers

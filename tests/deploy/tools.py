@@ -35,7 +35,7 @@ def program(name: str, *, in_ci: bool = True) -> str:
     if path is None and in_ci and os.environ.get("CI"):
         pytest.fail(f"{name} is missing: run make .venv/dev")
     if path is None:
-        pytest.skip(f"{name} is not installed here")
+        pytest.skip(f"{name} is not installed here; tests/deploy/prometheus.sh installs it")
     return path
 
 
