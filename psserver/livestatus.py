@@ -216,6 +216,7 @@ def _feed_status(feed: Feed) -> pb.FeedStatus:
         lag_seconds=seconds,
         bytes=feed.bytes,
         messages=feed.messages,
+        freshness=_timing([feed.freshness]),
     )
 
 

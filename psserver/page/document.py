@@ -28,6 +28,7 @@ _STYLE, _SCRIPT = _read(_STYLES), _read(_SCRIPTS)
 PAGE = (
     (_FILES / "page.html")
     .read_text()
+    .replace("\nlicence -->", f"\n{_read(('uPlot.LICENSE.txt',))} -->")
     .replace("/* style */", _STYLE)
     .replace("/* script */", _SCRIPT)
     .encode()
