@@ -39,7 +39,7 @@ def top(
     iterations: IterationsOption = 0,
     once: OnceOption = False,
 ) -> None:
-    """Watch the load of all shards and tables, with rates since the last sample.
+    """Watch the load of all shards and tables, live.
 
     \b
     Columns of shards (- if it is not known):

@@ -54,7 +54,7 @@ def test_a_cluster_in_order(cluster2: Cluster) -> None:
     assert [each for each in found if each.state == "error"] == []
     for shard in range(2):
         checks = {each.check for each in found if each.shard == shard}
-        assert OWN | LIVE | {"shard", "data directory", "clock", "time"} == checks
+        assert OWN | LIVE | {"shard", "data directory", "clock", "time", "TLS"} == checks
     status, text = psctl(cluster2.addresses, "--json")
     listed = json.loads(text)
     assert status == Exit.OK
