@@ -369,7 +369,8 @@ class Service:
     async def write_rows(
         self, data: bytes, deadline: float, reservation: Reservation, actor: Actor
     ) -> bytes:
-        message = codec.decode_rows(data)
+        decode = partial(codec.decode_rows, data)  # many fields would block the event loop
+        message = await self._workers.run(self._workers.short, decode, deadline, reservation)
         actor.require_right("import", message.table)
         work = partial(self._checkpoints.rows.write_rows, message)
         async with actor.recorded_rows(message.table, len(message.keys) // 8):

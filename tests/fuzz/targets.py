@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from psclient.errors import PsError, decoded, error_of
 from psproto import codec, lanes
 from psproto import ps_pb2 as pb
-from psserver import exposition, position
+from psserver import position, webmessages
 from psserver.errors import BadRequest
 from psserver.identity import Identity
 from tests.psproto.wire_examples import KINDS, as_message, content, golden
@@ -107,7 +107,7 @@ def details(data: bytes) -> None:
 def http(data: bytes) -> None:
     """The header of an HTTP request."""
     with suppress(ValueError):
-        exposition._environ(data)
+        webmessages.parse(data)
 
 
 _SLICE = pb.Slice(region=1, offset=128, size=16)
