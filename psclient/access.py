@@ -22,7 +22,7 @@ from psproto import certfiles, keepalive
 
 Options = tuple[tuple[str, int | str], ...]
 
-TOKEN_FILE = "PSCLIENT_TOKEN_FILE"  # noqa: S105  environment variable
+TOKEN_FILE = "PSCLIENT_TOKEN_FILE"  # environment variable  # noqa: S105  # nosec B105
 LOOK_SECONDS = 0.5  # shortest time between two looks at files that may have changed
 PROXY = "grpc.enable_http_proxy"
 NAME = "grpc.ssl_target_name_override"
@@ -175,7 +175,7 @@ class Access:
         return self._token[1]
 
 
-PLAIN = Access(tls=False, token_file="")
+PLAIN = Access(tls=False, token_file="")  # nosec B106
 
 
 def host_of(address: str) -> str:

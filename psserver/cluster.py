@@ -51,7 +51,7 @@ def _http_peers(shards: int, host: str, port: int) -> str:
 
     port  HTTP port of shard 0
     """
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # nosec B104
     return ",".join(join(reached, port + shard) for shard in range(shards))
 
 

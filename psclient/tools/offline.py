@@ -54,7 +54,7 @@ def opened(location: str) -> Iterator[tuple[Client, str]]:
         process = _start(parent, port, errors)
         try:
             _wait(process, location, errors)
-            with Client([f"127.0.0.1:{port}"], tls=False, token_file="") as client:
+            with Client([f"127.0.0.1:{port}"], tls=False, token_file="") as client:  # nosec B106
                 yield client, name
         finally:
             process.terminate()
