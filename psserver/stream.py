@@ -1,7 +1,8 @@
-"""Serve streams of requests: requests may be pipelined; replies come in their order.
+"""Serve streams of requests, which may be pipelined.
 
-A stream is a call of the gRPC method Stream, or a same-host lane (lane.py). Both are served by the
-same code; a Caller hides what differs: how messages arrive, and how they are encoded.
+Replies come in the order of the requests, but a refusal with OVERLOADED comes at once. A stream is
+a call of the gRPC method Stream, or a same-host lane (lane.py). Both are served by the same code; a
+Caller hides what differs: how messages arrive, and how they are encoded.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def pytest_collection_finish() -> None:
 
 
 def _shared(shards: int) -> Iterator[Cluster]:
-    cluster = Cluster(shards, metrics=True).start()
+    cluster = Cluster(shards, "--metrics-tables", "65536", metrics=True).start()
     try:
         yield cluster
     finally:

@@ -404,11 +404,11 @@ class RowServiceServicer(object):
     def Stream(self, request_iterator, context):
         """Pipelined exchanges: a client may send requests before it has the responses to earlier ones.
         Requests take effect in the order of arrival, and each gets one response with its id, in the
-        same order, except that OVERLOADED is answered at once. An invalid request gets an `error`, and the stream continues. A message that cannot
-        be parsed ends the stream. A request that the client retries after RetryInfo takes effect after
-        the requests that followed it. The server pauses reading a stream while its requests and
-        responses in flight fill an eighth of max_inflight_bytes, for example because the client does
-        not read the responses.
+        same order, except that OVERLOADED is answered at once. An invalid request gets an `error`, and
+        the stream continues. A message that cannot be parsed ends the stream. A request that the
+        client retries after RetryInfo takes effect after the requests that followed it. The server
+        pauses reading a stream while its requests and responses in flight fill an eighth of
+        max_inflight_bytes, for example because the client does not read the responses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

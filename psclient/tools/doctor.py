@@ -136,8 +136,8 @@ def _ask(shard: ShardStatus, timeout: float, access: Access, name: str) -> Itera
         yield Finding(shard.shard, "machine", "warning", f"cannot be checked: {failure}", AGAIN)
         return
     for each in answer.findings:
-        name = pb.Finding.State.Name(each.state).removeprefix("STATE_").lower()
-        yield Finding(shard.shard, each.check, name, each.found, each.advice)
+        state = pb.Finding.State.Name(each.state).removeprefix("STATE_").lower()
+        yield Finding(shard.shard, each.check, state, each.found, each.advice)
     yield _clock(shard.shard, sent, answer.time, received)
 
 

@@ -10,7 +10,7 @@ import pytest
 from checks_changes import refused
 from checks_server import config_of
 from crosscheck import problems
-from rendering import DEPLOY, OVERLAYS, ROOT, charted, kustomized, named, only, parse
+from rendering import DEPLOY, OVERLAYS, ROOT, Object, charted, kustomized, named, only, parse
 from schema import violations
 from tools import program, run
 
@@ -81,15 +81,7 @@ def test_production_adds_only_monitoring() -> None:
 
 
 def test_cert_manager_creates_the_secret_that_the_pods_mount(tmp_path: Path) -> None:
-    shutil.copytree(DEPLOY, tmp_path / "deploy", symlinks=True)
-    path = tmp_path / "deploy" / "overlays" / "production"
-    text = (path / "kustomization.yaml").read_text()
-    component = "- ../../components/tls\n"
-    (path / "kustomization.yaml").write_text(
-        text.replace(component, component + component.replace("tls", "certificates"))
-    )
-    objects = parse(run([program("kubectl"), "kustomize", str(path)]))
-    assert problems(objects) == []
+    objects = _production_with("certificates", tmp_path)
     found = named(objects)
     assert found["Certificate", "ps"]["spec"]["secretName"] == "ps-tls"
     assert found["Certificate", "ps-ca"]["metadata"]["namespace"] == "ps"
@@ -107,6 +99,20 @@ def test_an_overlay_without_a_choice_does_not_start() -> None:
     assert any("plaintext: with host=0.0.0.0 other machines can reach" in each for each in wrong)
 
 
+def _production_with(component: str, scratch: Path) -> list[Object]:
+    """Return the objects of the overlay production with one more component; they have no problem.
+
+    scratch  directory for a copy of deploy/
+    """
+    shutil.copytree(DEPLOY, scratch / "deploy", symlinks=True)
+    path = scratch / "deploy" / "overlays" / "production"
+    file, tls = path / "kustomization.yaml", "- ../../components/tls\n"
+    file.write_text(file.read_text().replace(tls, tls + tls.replace("tls", component)))
+    objects = parse(run([program("kubectl"), "kustomize", str(path)]))
+    assert problems(objects) == []
+    return objects
+
+
 def _base() -> str:
     """Return the YAML text of the base."""
     return run([program("kubectl"), "kustomize", str(DEPLOY / "base")])
@@ -120,15 +126,7 @@ def _files() -> list[str]:
 
 def test_a_policy_is_mounted_from_a_secret(tmp_path: Path) -> None:
     """The component and the chart do the same."""
-    shutil.copytree(DEPLOY, tmp_path / "deploy", symlinks=True)
-    path = tmp_path / "deploy" / "overlays" / "production"
-    text = (path / "kustomization.yaml").read_text()
-    component = "- ../../components/tls\n"
-    (path / "kustomization.yaml").write_text(
-        text.replace(component, component + component.replace("tls", "policy"))
-    )
-    objects = parse(run([program("kubectl"), "kustomize", str(path)]))
-    assert problems(objects) == []
+    objects = _production_with("policy", tmp_path)
     assert str(config_of(objects, 0).policy_file) == "/etc/ps-policy/policy.toml"
     rendered = parse(charted("--set", "policy.secret=ps-policy"))
     assert problems(rendered) == []
