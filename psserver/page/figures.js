@@ -179,7 +179,7 @@ function problemsOf(entry, shard) {
   if (entry.age_seconds > STALE) say(BAD, `has not answered for ${duration(entry.age_seconds)}`);
   const phase = phaseOf(status);
   if (phase !== "ready") say(BAD, `${PHASES[phase] || phase} (for ${duration(status.phase_seconds)})`);
-  if (status.damaged_blocks) say(BAD, `has ${count(status.damaged_blocks)} damaged blocks on disk: see psctl verify --rows`);
+  if (status.damaged_blocks) say(BAD, `has ${count(status.damaged_blocks)} damaged blocks on disk: see psctl verify`);
   if (status.storage && status.storage.flush_failure) say(BAD, `could not flush to disk: ${status.storage.flush_failure}`);
   else if (status.storage && phase === "ready" && status.storage.flush_age_seconds > 900) say(WARN, `has not flushed for ${duration(status.storage.flush_age_seconds)}`);
   for (const each of status.budgets) {

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.registry import Collector
 from sites import Figures, document, get, loop, request, site
 
+from psclient.tools import ctl
 from psproto import ps_pb2 as pb
 from psserver import site as module
 from psserver.hostnames import may_name
 from psserver.page import document as document_module
 
+OWN = ("page", "figures", "plots")  # files of the page that are not a library's
 PATHS = ("/", "/status.json", "/metrics", "/livez", "/readyz")
 
 
@@ -75,6 +78,17 @@ def test_the_page_is_one_file_whose_policy_allows_its_own_script_alone(port: int
     assert re.fullmatch(r"'sha256-[\w+/=]+'", policy["style-src"])
     assert len(re.findall(rb"<script>", body)) == len(re.findall(rb"<style>", body)) == 1
     assert not re.search(rb"""(src|href)=["'](?!data:|#|status\.json"|metrics")""", body)
+
+
+def test_the_page_names_only_commands_and_options_of_psctl() -> None:
+    group: Any = typer.main.get_command(ctl.app)
+    own = [file for file in Path(document_module.__file__).parent.glob("*.*") if file.stem in OWN]
+    text = "\n".join(file.read_text() for file in own)
+    named = re.findall(r"psctl ([a-z]+)((?: --[a-z-]+)*)", text)
+    assert len(named) >= 2
+    for name, options in named:
+        known = {option for each in group.commands[name].params for option in each.opts}
+        assert set(options.split()) <= known, f"psctl {name}{options}"
 
 
 def test_no_script_makes_markup_or_code_of_data() -> None:
