@@ -229,7 +229,8 @@ class TestTrouble:
         figures = busy(0, HOSTILE)
         figures.status.cluster = figures.status.release = HOSTILE
         figures.status.storage.flush_failure = HOSTILE
-        figures.status.methods.add(method=HOSTILE, requests=1)
+        latency = pb.Timing(bounds=BOUNDS, buckets=[0] * 4)
+        figures.status.methods.add(method=HOSTILE, requests=1, latency=latency)
         figures.status.budgets.add(name=HOSTILE, used=99, limit=100)
         with cluster(figures, dead=1) as port:
             seen = visit(port)

@@ -141,10 +141,10 @@ class TestExit:
         flags = ["--port", str(free_ports(1)), "--metrics-port", "0", "--data-dir", str(tmp_path)]
         code = (
             "import threading, sys; from psserver import server, cli;"
-            "whole = server.Server._register_collectors;"
+            "whole = server.Server.open;"
             f"hang = lambda: open({str(tmp_path / 'pipe')!r});"
-            "server.Server._register_collectors = lambda self:"
-            " (threading.Thread(target=hang).start(), whole(self));"
+            "server.Server.open = lambda self:"
+            " (threading.Thread(target=hang).start(), whole(self))[1];"
             f"sys.argv = ['psserver', 'serve', *{flags!r}]; cli.main()"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from psclient import Client, admin, frozen
 from psclient.errors import InvalidArgument, Unavailable
 from psclient.tools import ctl, export, offline, onnxfile
+from psclient.tools.commands.shell import Session
 from psclient.tools.importer import import_rows
 
 pytestmark = [
@@ -332,17 +333,25 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_export_at_a_barrier_has_the_rows_of_that_moment(
-    cluster: Cluster, client: Client, tmp_path: Path
+    cluster: Cluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = client.create_table("b", 2, optimizer="sgd", initializer="zeros")
     table.push(np.arange(100), np.ones((100, 2)), step=1)
     words = ["export", "b", "--barrier", "end", "--format", "npz", "--out", str(tmp_path / "b.npz")]
     done: list[Any] = []
     variables = {"PSCTL_SERVERS": ",".join(cluster.addresses)}
+    waiting, note = threading.Event(), Session.note
+
+    def noted(session: Session, text: str) -> None:
+        note(session, text)
+        waiting.set()
+
+    monkeypatch.setattr(Session, "note", noted)
     exporting = threading.Thread(
         target=lambda: done.append(CliRunner().invoke(ctl.app, words, env=variables))
     )
     exporting.start()
+    assert waiting.wait(60)  # a barrier before that would be missed by some shards
 
     def placed() -> bool:
         """Push, place a barrier, push: until the export has ended. Only whole steps count."""
