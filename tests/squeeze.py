@@ -87,6 +87,7 @@ WARM = {
         "test_a_block_with_few_current_rows": "it lists the blocks of each flush",
     },
     "psserver/test_flusher_log.py": {
+        "test_flushes_that_write": "it counts flushes",
         "test_a_sketch_is_written_again": "it counts the blocks of each flush",
         "test_a_flush_that_finds_the_disk_full": "it chooses when a flush happens",
         "test_damage_that_a_flush_meets": "it chooses when a flush happens",

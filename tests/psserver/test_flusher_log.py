@@ -194,37 +194,53 @@ def test_a_failed_log_ends_the_thread_which_need_not_tell(
     assert home.failures == []
 
 
-def test_it_is_known_when_the_last_flush_was_made(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def values() -> dict[str, float]:
-        metrics = FlushCollector(home.flusher).collect()
-        return {each.name: each.value for metric in metrics for each in metric.samples}
+def values(home: Home) -> dict[str, float]:
+    """The metrics of flushes."""
+    metrics = FlushCollector(home.flusher).collect()
+    return {each.name: each.value for metric in metrics for each in metric.samples}
 
-    def age() -> float:
-        return now[0] - values()["ps_flush_timestamp_seconds"]
+
+def fail_to_flush(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Push a row, and flush to a disk that is full."""
 
     def refuse(*_: Any) -> int:
         raise DiskFull("base", 1)
 
-    now = [1e9]
-    monkeypatch.setattr(time, "time", lambda: now[0])
-    home.flush()
-    now[0] += 100
     home.shard.exchange([push([1])], [])
     with monkeypatch.context() as full:
         full.setattr(home.base, "add", refuse)
         with pytest.raises(DiskFull):
             home.flush()
     home.base.discard()
+
+
+def test_it_is_known_when_the_last_flush_was_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def age() -> float:
+        return now[0] - values(home)["ps_flush_timestamp_seconds"]
+
+    now = [1e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    home.flush()
+    now[0] += 100
+    fail_to_flush(home, monkeypatch)
     assert age() == 100
     home.flush()
     now[0] += 5
     assert age() == 5
     home.flush()  # nothing is to be done: all is there
     assert age() == 0
-    assert values()["ps_flush_duration_seconds_count"] == 2  # the last found nothing to write
-    assert values()["ps_flush_failures_total"] == 1
+    assert values(home)["ps_flush_failures_total"] == 1
+
+
+def test_flushes_that_write_are_timed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.flush()
+    fail_to_flush(home, monkeypatch)
+    home.flush()
+    assert values(home)["ps_flush_duration_seconds_count"] == 2
+    home.flush()  # finds nothing to write
+    assert values(home)["ps_flush_duration_seconds_count"] == 2
 
 
 def test_the_log_is_kept_for_a_time_and_goes_on_an_idle_shard_too(tmp_path: Path) -> None:

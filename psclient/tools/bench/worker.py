@@ -145,9 +145,7 @@ class Run:
         while (due := self._take()) is not None:
             intended, request = due
             now = time.monotonic()
-            waited = now > intended
-            if self._closed:
-                intended, waited = max(now, self._start), False
+            waited = now > intended and not self._closed
             if now < intended:
                 time.sleep(intended - now)
             if (pause := self._send(sender, intended, waited, request)) and self._closed:
@@ -160,7 +158,7 @@ class Run:
             if self._closed:
                 if now >= self._end:
                     return None
-                return self._start, self._mix.next()
+                return max(now, self._start), self._mix.next()
             if now >= self._end:
                 self._leave()
                 return None
