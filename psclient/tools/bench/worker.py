@@ -112,6 +112,7 @@ class Run:
             for thread in self._threads:
                 thread.join(1.0)
             self._tell(totals, second)
+        self._tell(totals, second)  # requests that ended after the last look at the threads
         done = totals.as_json()
         write({"done": {**done, "cpu": cpu}})
 
