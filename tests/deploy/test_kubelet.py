@@ -8,7 +8,7 @@ import pytest
 from fakenodes import FakeCluster, Object
 
 from tests.deploy.simulator.objects import restarts_of
-from tests.deploy.simulator.probing import Backoff, Probe
+from tests.deploy.simulator.probing import Backoff, Probe, numbered
 
 
 def pod(*, inits: int = 0, **fields: object) -> Object:
@@ -52,6 +52,18 @@ def test_a_startup_probe_holds_the_others_back_and_may_fail_for_its_whole_budget
     cluster.run(6)
     assert set(asked) == {"start", "ready", "live"}
     assert cluster.control.get("Pod", "p")["status"]["conditions"][0]["status"] == "True"
+
+
+def test_a_probe_may_give_its_port_by_name() -> None:
+    probe = {"httpGet": {"port": "metrics", "path": "/livez"}, "periodSeconds": 2}
+    container = {"ports": [{"name": "metrics", "containerPort": 9400}], "livenessProbe": probe}
+    assert numbered(container, "livenessProbe") == {
+        "httpGet": {"port": 9400, "path": "/livez"},
+        "periodSeconds": 2,
+    }
+    assert probe["httpGet"] == {"port": "metrics", "path": "/livez"}
+    with pytest.raises(KeyError):
+        numbered({"livenessProbe": probe}, "livenessProbe")
 
 
 def test_a_startup_probe_that_fails_too_often_restarts_the_container() -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tests.deploy.simulator.controlplane import ControlPlane
 from tests.deploy.simulator.objects import Object, name_of
-from tests.deploy.simulator.probing import Backoff, Probe
+from tests.deploy.simulator.probing import Backoff, Probe, numbered
 
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
@@ -97,7 +97,7 @@ class Container:
     def _start(self, now: float) -> None:
         self.process = self._pod.start(self.spec, self.restarts)
         self._at = now
-        found = {kind: self.spec[kind] for kind in PROBES if kind in self.spec}
+        found = {kind: numbered(self.spec, kind) for kind in PROBES if kind in self.spec}
         self._probes = {
             kind: Probe(spec, now, passed=kind == "livenessProbe") for kind, spec in found.items()
         }

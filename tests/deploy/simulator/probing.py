@@ -8,6 +8,21 @@ from __future__ import annotations
 from tests.deploy.simulator.objects import Object
 
 
+def numbered(container: Object, kind: str) -> Object:
+    """Return a probe of a container, with the number of its port, which it may give by name.
+
+    kind  for example "readinessProbe"
+
+    Raises KeyError if the container has no port of that name.
+    """
+    ports = {each["name"]: each["containerPort"] for each in container.get("ports", [])}
+    probe: Object = dict(container[kind])
+    for action in ("httpGet", "tcpSocket"):
+        if isinstance(probe.get(action, {}).get("port"), str):
+            probe[action] = {**probe[action], "port": ports[probe[action]["port"]]}
+    return probe
+
+
 class Probe:
     """Counts the results of one probe.
 
