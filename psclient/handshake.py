@@ -22,6 +22,9 @@ from psclient.lookup import look_up
 from psclient.tls import Tls
 
 SECONDS = 2.0  # maximum time of a handshake, and of waiting for the server's first bytes
+# maximum time to connect: where nobody answers, TLS is not the reason, and the client must try the
+# server again soon
+CONNECT_SECONDS = 0.3
 FRESH_SECONDS = 1.0  # time for which a result is used again
 AGAIN_SECONDS = 0.1  # pause before a second look: the server may just have stopped
 NAME_CODES = (62, 64)  # of OpenSSL's verification: certificate is not for this name, or IP address
@@ -114,14 +117,20 @@ def _speaks_tls(address: str) -> Finding | None:
 
 
 def _connect(address: str) -> socket.socket:
-    """Return a TCP connection to the first address behind "host:port" that accepts one."""
+    """Return a TCP connection to the first address behind "host:port" that accepts one.
+
+    It waits at most SECONDS for each answer.
+    """
     failure: OSError = ConnectionError(f"{address}: no address")
     for each in look_up(address):
         host, _, port = each.rpartition(":")
         try:
-            return socket.create_connection((host.strip("[]"), int(port)), SECONDS)
+            connection = socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS)
         except OSError as error:
             failure = error
+        else:
+            connection.settimeout(SECONDS)
+            return connection
     raise failure
 
 
