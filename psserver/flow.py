@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Protocol
 
 from psproto import codec
 from psproto import ps_pb2 as pb
@@ -22,26 +23,46 @@ class Head(Protocol):
     timeout_ms: int
 
 
+class Served:
+    """What ``Caller.read`` returns instead of a message if ``Caller.accept`` has taken it."""
+
+
+SERVED = Served()
+
+# Takes a message while ``Caller.read`` waits, if it can be begun at once. Returns None if it was
+# answered; SERVED if it was begun, or refused, and ``read`` must return SERVED; False if nothing
+# was done with it. Raises the errors of ``Caller.decode``
+Accept = Callable[[Any], "Served | Literal[False] | None"]
+
+
 class Caller(Protocol):
     """The client's end of a stream: reads its requests, and writes the replies.
 
-    prompt  whether ``write`` seldom waits, so that the task that reads may also write
+    prompt  whether ``send`` seldom keeps anything, so that whoever reads may also write
+    accept  set by the stream if ``prompt``: may be called with a message while ``read`` waits
     via     how its requests arrive, for the statistics: "stream" or "shm"
     client  the connection, to which requests are counted
     budget  budget of the client's principal; None: it has no limits
     """
 
     prompt: bool
+    accept: Accept | None
     via: str
     client: Client
     budget: Budget | None
 
     async def read(self) -> Any:
-        """Wait for the next message and return it; None: the client ended the stream."""
+        """Wait for the next message and return it; None: the client ended the stream; SERVED."""
         ...
 
     async def write(self, data: bytes) -> None:
         """Send an encoded reply. Raises any exception if the client is gone."""
+        ...
+
+    def send(self, data: bytes) -> bool:
+        """Send an encoded reply, if ``prompt``, now or as soon as possible. Returns whether all of
+        it was sent. Raises any exception if the client is gone.
+        """
         ...
 
     def size(self, message: Any) -> int:
@@ -83,6 +104,7 @@ class Flow:
     reader    the task that reads requests
     writing   held while a reply is written
     inflight  bytes of memory reserved for these requests and their replies
+    refusal   what the task that reads must await after SERVED; None: nothing
     room      event that the writer sets after each reply; the reader waits for it while too many
               requests are in flight
     waiting   number of results in ``answers``, or taken from it and not yet written
@@ -92,8 +114,8 @@ class Flow:
     """
 
     __slots__ = (
-        "answers", "broken", "caller", "gone", "inflight", "lane", "method", "reader", "room",
-        "waiting", "writing",
+        "answers", "broken", "caller", "gone", "inflight", "lane", "method", "reader",
+        "refusal", "room", "waiting", "writing",
     )  # fmt: skip
 
     def __init__(self, caller: Caller, method: str) -> None:
@@ -104,6 +126,7 @@ class Flow:
         self.reader: asyncio.Task[Any] | None = None
         self.writing = asyncio.Lock()
         self.inflight = 0
+        self.refusal: Coroutine[Any, Any, None] | None = None
         self.waiting = 0
         self.lane = Lane()
         self.room = asyncio.Event()

@@ -1,15 +1,13 @@
 """Serve the same-host lane: exchanges over a Unix socket, with arrays in shared memory.
 
-Each connection is a stream (stream.py). Only processes with the user id of the server may connect.
-psproto/lanes.py describes the messages, regions.py the memory.
+Each connection (laneconnection.py) is a stream (stream.py). Only processes with the user id of the
+server may connect. psproto/lanes.py describes the messages, regions.py the memory.
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
 import errno
-import mmap
 import os
 import secrets
 import socket
@@ -19,31 +17,21 @@ from pathlib import Path
 
 import structlog
 
-from psproto import codec, cudaipc, lanes
+from psproto import cudaipc, lanes
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, Refused
-from psserver.flow import Head
+from psserver.laneconnection import PIECE, Connection
 from psserver.limits import Limits
-from psserver.regions import GpuRegion, Regions
-from psserver.security.budgets import Budget
+from psserver.regions import Regions
 from psserver.security.guard import Actor, Guard, Proof
-from psserver.status import status_of
 from psserver.stream import Streams
-from psserver.turns import Client
 from psserver.unusable import ConfigError
 
-PIECE = 1 << 16  # maximum bytes that one call reads from a socket
-MOST_FDS = 16  # maximum number of descriptors that wait for the message that names them
 BACKLOG = 128  # connections that wait to be accepted
 NO_DESCRIPTORS_SECONDS = 1.0  # pause after a connection for which there was no descriptor
-ANCILLARY = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
 METHOD = "Lane"  # name under which failed requests are counted
 
 log = structlog.get_logger()
-
-
-class Gone(ConnectionError):
-    """The connection was closed before a reply was sent."""
 
 
 class Lanes:
@@ -67,6 +55,7 @@ class Lanes:
         self.path = path
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._buffer = memoryview(bytearray(PIECE))
 
     def use_gpu(self) -> None:
         """Let clients register memory of the first GPU that this process sees; call it before
@@ -90,7 +79,7 @@ class Lanes:
             self._proofs[token] = proof
         return pb.Lane(path=self._offer.path, token=token, gpu=self._offer.gpu)
 
-    def actor_of(self, token: bytes, peer: str) -> Actor:
+    def actor_of(self, token: bytes) -> Actor:
         """Return who uses a connection whose first message has ``token``.
 
         Raises BadRequest for a token that was not given out, and Unauthenticated if the credential
@@ -103,7 +92,7 @@ class Lanes:
                 "the first message must have the token of the lane that GetServerInfo returns; the"
                 " server there may be a different one",
             )
-        return self._guard.of_lane(proof, peer)
+        return self._guard.of_lane(proof, f"unix:{self.path}")
 
     @property
     def clients(self) -> int:
@@ -166,7 +155,15 @@ class Lanes:
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one connection until its end."""
         began, watching = False, ExitStack()
-        client = _Client(connection, self._loop, self, self._limits, watching)
+        client = Connection(
+            connection,
+            self._loop,
+            self.actor_of,
+            self.regions,
+            self._limits,
+            watching,
+            self._buffer,
+        )
         try:
             client.require_same_user()
             self._limits.begin_call()
@@ -184,272 +181,6 @@ class Lanes:
             if began:
                 self._limits.end_call()
             client.close()
-
-
-class _Client:
-    """A connection of the lane: the Caller of a stream.
-
-    served    knows who uses the connection, and has the regions of all clients
-    limits    count long messages that are not complete yet
-    watching  ends the connection when the policy no longer allows what the client did
-    """
-
-    prompt, via = True, "shm"
-    budget: Budget | None = None
-
-    def __init__(
-        self,
-        connection: socket.socket,
-        loop: asyncio.AbstractEventLoop,
-        served: Lanes,
-        limits: Limits,
-        watching: ExitStack,
-    ) -> None:
-        self.client = Client()
-        self._socket = connection
-        self._fd = connection.fileno()
-        self._loop = loop
-        self._served = served
-        self._regions = served.regions
-        self._limits = limits
-        self._watching = watching
-        self._actor: Actor | None = None  # None: the client has not sent its token yet
-        self._token = b""
-        self._own: dict[int, mmap.mmap] = {}
-        self._own_gpu: dict[int, GpuRegion] = {}
-        self._received = bytearray()  # the beginning of a message that is not complete
-        self._fds: list[int] = []  # descriptors that no message has named yet
-        self._waiter: asyncio.Future[bytes] | None = None  # of the task that reads
-        self._waited = False  # whether the task has waited since the last message
-        self._listening = False  # whether the loop watches the socket for data
-        self._unsent = bytearray()
-        self._sent: asyncio.Future[None] | None = None  # done when ``_unsent`` is empty
-        self.encode = lanes.encode_response
-
-    def require_same_user(self) -> None:
-        """Raise BadRequest if the client's user id is not that of this process."""
-        user = lanes.peer_user(self._socket)
-        if user != os.geteuid():
-            raise BadRequest(
-                "LANE_REFUSED",
-                f"the lane serves only processes with the user id of the server, {os.geteuid()},"
-                f" got {user}",
-            )
-
-    def close(self) -> None:
-        """Close the socket, and unmap the client's regions."""
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
-        self._socket.close()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
-        self._regions.remove(self._own)
-        self._own_gpu.clear()
-        if self._sent is not None and not self._sent.done():
-            self._sent.set_exception(Gone("the connection was closed"))
-
-    # ---- as stream.py wants it
-
-    async def read(self) -> pb.LaneRequest | None:
-        while True:
-            message = await self._message()
-            if message is None:
-                return None
-            request = lanes.parse(message)
-            if self._actor is not None and not request.regions:
-                return request
-            try:
-                self._register(request)
-            except Refused as error:
-                await self.write(self.encode(request.id, _status(error)))
-                if self._actor is None:
-                    return None
-                continue
-            if request.pushes or request.pulls:
-                return request
-            await self.write(self.encode(request.id, codec.Exchanged([], [])))
-
-    async def write(self, data: bytes) -> None:
-        message = lanes.framed(data)
-        if self._unsent:
-            self._unsent += message
-        else:
-            try:
-                sent = self._socket.send(message)
-            except BlockingIOError:
-                sent = 0
-            if sent == len(message):
-                return
-            self._unsent += message[sent:]
-            self._sent = self._loop.create_future()
-            self._loop.add_writer(self._fd, self._send_more)
-        assert self._sent is not None
-        await asyncio.shield(self._sent)
-
-    def size(self, message: pb.LaneRequest) -> int:
-        return int(message.ByteSize()) + lanes.request_bytes(message)
-
-    def head(self, message: pb.LaneRequest) -> Head:
-        return message
-
-    def decode(
-        self, message: pb.LaneRequest, budget: int
-    ) -> tuple[pb.LaneRequest, codec.Exchange | Exception]:
-        try:
-            exchange = lanes.decode_request(message, self._own, budget, self._own_gpu)
-        except lanes.BadSlice as error:
-            return message, BadRequest("INVALID_ARGUMENT", str(error))
-        assert self._actor is not None
-        return message, self._actor.refusal(exchange) or exchange
-
-    async def refuse(self, error: Exception) -> None:
-        """Send an error that ends the connection."""
-        await self.write(self.encode(0, _status(error)))
-
-    # ---- registration
-
-    def _register(self, request: pb.LaneRequest) -> None:
-        """Check the token of the first message; map the regions of a message.
-
-        Raises BadRequest, Unauthenticated or TooLarge.
-        """
-        if self._actor is None:
-            self._actor = self._served.actor_of(request.token, f"unix:{self._served.path}")
-            self._token = request.token
-            self.budget = self._actor.budget
-            self._watching.enter_context(self._actor.watched())
-        regions = [each for each in request.regions if each.kind != pb.LANE_KIND_CUDA]
-        fds, self._fds = self._fds[: len(regions)], self._fds[len(regions) :]
-        try:
-            if len(fds) < len(regions):
-                raise BadRequest(
-                    "LANE_REFUSED",
-                    f"shared memory: expected {len(regions)} descriptors with the message,"
-                    f" got {len(fds)}",
-                )
-            for region, fd in zip(regions, fds, strict=True):
-                self._regions.add(self._own, region, fd, self._token)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        for region in request.regions:
-            if region.kind == pb.LANE_KIND_CUDA:
-                self._regions.add_gpu(self._own_gpu, region)
-
-    # ---- bytes of the socket
-
-    async def _message(self) -> bytes | None:
-        """Return the bytes of the next message; None at the end.
-
-        Lets other connections be served first, if the message was there already. Raises Malformed;
-        Overloaded if the message is long and there is no room for it.
-        """
-        message = await self._next()
-        if not self._waited:
-            await asyncio.sleep(0)
-        self._waited = False
-        return message
-
-    async def _next(self) -> bytes | None:
-        """Return the bytes of the next message; None at the end. ``_message`` has the errors."""
-        received, reservation = self._received, None
-        try:
-            while True:
-                if len(received) >= lanes.LENGTH.size:
-                    (size,) = lanes.LENGTH.unpack_from(received)
-                    if size > lanes.MOST_MESSAGE:
-                        raise codec.Malformed(
-                            f"a message must have at most {lanes.MOST_MESSAGE} bytes, got {size}"
-                        )
-                    end = lanes.LENGTH.size + size
-                    if len(received) >= end:
-                        message = bytes(received[lanes.LENGTH.size : end])
-                        del received[:end]
-                        return message
-                    if size > PIECE and reservation is None:
-                        reservation = self._limits.admit(size)
-                data = await self._receive()
-                if not data:
-                    return None
-                received += data
-        finally:
-            if reservation is not None:
-                reservation.release()
-
-    async def _receive(self) -> bytes:
-        """Wait for bytes, and return them; b"" at the end of the connection."""
-        try:
-            return self._take()
-        except BlockingIOError:
-            pass
-        self._waited = True
-        self._waiter = self._loop.create_future()
-        if not self._listening:
-            self._listening = True
-            self._loop.add_reader(self._fd, self._readable)
-        try:
-            return await self._waiter
-        finally:
-            self._waiter = None
-
-    def _readable(self) -> None:
-        """Pass received bytes to the task that waits for them. The loop calls this."""
-        waiter = self._waiter
-        if waiter is None or waiter.done():  # the task is busy: it will listen again
-            self._loop.remove_reader(self._fd)
-            self._listening = False
-            return
-        try:
-            waiter.set_result(self._take())
-        except BlockingIOError:
-            pass
-        except Exception as error:
-            waiter.set_exception(error)
-
-    def _take(self) -> bytes:
-        """Return bytes that have arrived, and keep the descriptors that came with them.
-
-        Raises BlockingIOError if none have. Raises Malformed if there are too many descriptors.
-        """
-        try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                PIECE, ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
-        except ConnectionError:
-            return b""
-        if ancillary:
-            fds = array.array("i")
-            for level, kind, contents in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(contents[: len(contents) - len(contents) % fds.itemsize])
-            self._fds += fds
-        if flags & socket.MSG_CTRUNC or len(self._fds) > MOST_FDS:
-            raise codec.Malformed(f"more than {MOST_FDS} descriptors arrived without their message")
-        return data
-
-    def _send_more(self) -> None:
-        """Send what is left. The loop calls this when the socket has room."""
-        sent = self._sent
-        assert sent is not None
-        try:
-            del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._loop.remove_writer(self._fd)
-            if not sent.done():
-                sent.set_exception(error)
-            return
-        if not self._unsent:
-            self._loop.remove_writer(self._fd)
-            if not sent.done():
-                sent.set_result(None)
-
-
-def _status(error: Exception) -> pb.Status:
-    status: pb.Status = pb.Status.FromString(status_of(error).SerializeToString())
-    return status
 
 
 def _listen(path: Path) -> socket.socket:

@@ -11,7 +11,8 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import grpc
 
@@ -19,8 +20,8 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver.door import Context
 from psserver.errors import Draining, Overloaded
-from psserver.exchange import AT_ONCE_FIELDS, Exchanges, Read
-from psserver.flow import NOTHING, Caller, Flow, Head
+from psserver.exchange import AT_ONCE, AT_ONCE_FIELDS, Exchanges, Read
+from psserver.flow import NOTHING, SERVED, Accept, Caller, Flow, Head, Served
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
 from psserver.queued import Queued
@@ -40,6 +41,7 @@ class _Stream:
     """
 
     prompt, via = False, "stream"
+    accept: Accept | None = None
 
     def __init__(
         self, context: Context, arrived: Callable[[str, int], None], actor: Actor, client: Client
@@ -60,6 +62,9 @@ class _Stream:
             return None
         self._arrived(self._peer, len(data))
         return bytes(data)
+
+    def send(self, data: bytes) -> bool:
+        raise NotImplementedError  # gRPC cannot
 
     def head(self, message: bytes) -> Head:
         return codec.decode_stream_header(message, AT_ONCE_FIELDS)
@@ -123,6 +128,8 @@ class Streams:
         Returns the error with which to end the stream; None if the client ended it.
         """
         flow = Flow(caller, method)
+        if caller.prompt:
+            caller.accept = partial(self._accept_now, flow)
         writer = asyncio.create_task(self._write(flow))
         self._writers.add(writer)
         writer.add_done_callback(self._writers.discard)
@@ -134,6 +141,9 @@ class Streams:
             flow.gone = True
             flow.answers.put_nowait(None)
             raise
+        finally:
+            if flow.refusal is not None:
+                flow.refusal.close()
         if broken is not None:
             self._handlers.count_error(method, broken)
         return broken
@@ -154,7 +164,11 @@ class Streams:
                 self._streams[task] = False
                 if data is None or flow.gone:
                     return None
-                accepted = self._accept(flow, data)
+                accepted: Awaitable[None] | None
+                if data is SERVED:
+                    accepted, flow.refusal = flow.refusal, None
+                else:
+                    accepted = self._accept(flow, data)
                 del data
                 if accepted is not None:
                     await accepted
@@ -201,9 +215,46 @@ class Streams:
             raise
         if read is None:
             return self._accept_large(flow, data, start, reservation)
-        written = self._begin(flow, read, start, reservation)
+        reply = self._begin(flow, read, start, reservation)
         turns.spent(time.perf_counter() - start)
-        return written
+        return None if reply is None else self._write_now(flow, reply, reservation)
+
+    def _accept_now(self, flow: Flow, data: Any) -> Served | Literal[False] | None:
+        """Do the same as ``_accept`` if that takes no time, while the task that reads waits for a
+        message. ``Accept`` explains the result.
+
+        data  the encoded request
+        """
+        start = time.perf_counter()
+        limits, client, size = self._limits, flow.caller.client, flow.caller.size(data)
+        turns = limits.turns
+        if size > AT_ONCE or flow.waiting or flow.gone or client.blocked or not turns.free():
+            return False
+        try:
+            reservation = limits.admit(size, client=client, budget=flow.caller.budget)
+        except Exception as error:
+            id = flow.caller.head(data).id
+            flow.refusal = self._refuse(flow, id, error.with_traceback(None))
+            return SERVED
+        try:
+            read = self._exchanges.read_at_once(flow.caller.decode, data, size)
+        except BaseException:
+            reservation.release()
+            raise
+        if read is None:
+            reservation.release()
+            return False
+        reply = self._begin(flow, read, start, reservation)
+        if reply is None:
+            turns.spent(time.perf_counter() - start)
+            return SERVED
+        try:
+            sent = flow.caller.send(reply)
+        except Exception:
+            sent, flow.gone = False, True
+        reservation.release()
+        turns.spent(time.perf_counter() - start)
+        return None if sent else SERVED
 
     async def _refuse(self, flow: Flow, id: int, error: Exception) -> None:
         """Write an error at once, before the replies to requests that arrived earlier.
@@ -263,18 +314,18 @@ class Streams:
             reservation.release()
             raise
         del data
-        if (written := self._begin(flow, read, start, reservation)) is not None:
-            await written
+        if (reply := self._begin(flow, read, start, reservation)) is not None:
+            await self._write_now(flow, reply, reservation)
 
     def _begin(
         self, flow: Flow, read: Read, start: float, reservation: Reservation
-    ) -> Awaitable[None] | None:
+    ) -> bytes | None:
         """Start a decoded request and add its result to ``flow.answers``.
 
         start  time of arrival, in seconds of ``time.perf_counter``
 
-        If the result is there at once and no other one waits, returns instead an awaitable that
-        writes it. This saves a switch to the task that writes.
+        If the result is there at once and no other one waits, returns the encoded reply instead,
+        and the caller writes it. This saves a switch to the task that writes.
         """
         head, checked = read
         assert head is not None
@@ -286,7 +337,7 @@ class Streams:
         if flow.caller.prompt and not flow.waiting:
             done = self._exchanges.finish_now(begun, flow.caller.via)
             if done is not None:
-                return self._write_now(flow, flow.caller.encode(head.id, done), reservation)
+                return flow.caller.encode(head.id, done)
         flow.waiting += 1
         flow.inflight += reservation.size
         flow.answers.put_nowait((head.id, begun, reservation))

@@ -19,7 +19,8 @@ from psclient import Client
 from psproto import lanes
 from psproto import ps_pb2 as pb
 from psserver import lane as module
-from psserver.lane import Gone, Lanes, _Client, _listen
+from psserver.lane import Lanes, _listen
+from psserver.laneconnection import PIECE, Connection, Gone
 from psserver.security.guard import NOBODY, Guard
 
 TOKEN = bytes(16)
@@ -36,12 +37,13 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     theirs.close()
 
 
-def client_of(connection: socket.socket) -> _Client:
+def client_of(connection: socket.socket) -> Connection:
     limits: Any = None
     loop = asyncio.get_running_loop()
     served = Lanes(Path("lane.sock"), 1 << 20, Guard())
     served._proofs[TOKEN] = NOBODY
-    return _Client(connection, loop, served, limits, ExitStack())
+    known = served.actor_of, served.regions, limits
+    return Connection(connection, loop, *known, ExitStack(), memoryview(bytearray(PIECE)))
 
 
 def test_others_are_served_between_two_messages_that_have_arrived(ends: Any) -> None:
@@ -62,8 +64,8 @@ def test_others_are_served_between_two_messages_that_have_arrived(ends: Any) -> 
         task = asyncio.create_task(others())
         for _ in range(MESSAGES):
             request = await client.read()
-            assert request is not None
-            assert request.id == 3
+            assert isinstance(request, tuple)
+            assert request[0].id == 3
         task.cancel()
 
     asyncio.run(read_all())
