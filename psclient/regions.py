@@ -42,22 +42,29 @@ class Space:
 
         The caller holds the lock of the lane.
         """
+        size = max(size + LINE - 1 & -LINE, LINE)
         while self._freed:
             use = self._freed.popleft()
             assert isinstance(use, Use)
             self._uses.discard(use)
-            self._put_back(use.start, use.end)
-        size = max(size + LINE - 1 & -LINE, LINE)
+            start, end = use.start, use.end
+            if size <= end - start <= 2 * size and not self._freed:  # the usual case
+                return self._chunk(start, end)
+            self._put_back(start, end)
         for i, (start, end) in enumerate(self._free):
             if end - start >= size:
                 if end - start == size:
                     del self._free[i]
                 else:
                     self._free[i] = start + size, end
-                chunk = Chunk(self, start, start + size)
-                self._uses.add(Use(chunk, self._freed))
-                return chunk
+                return self._chunk(start, start + size)
         return None
+
+    def _chunk(self, start: int, end: int) -> Chunk:
+        """Return the part from ``start`` to ``end``, which is not among the free ones, as a chunk."""
+        chunk = Chunk(self, start, end)
+        self._uses.add(Use(chunk, self._freed))
+        return chunk
 
     def _put_back(self, start: int, end: int) -> None:
         """Add a part to the free ones, and join it with its neighbours."""

@@ -459,7 +459,8 @@ class Shard(ShardReads):
         if pull.with_metadata:
             metadata = map(np.ascontiguousarray, table.metadata(locations))
             pulled.versions, pulled.steps, pulled.frequencies = metadata
-        if pull.room is not None and len(pull.keys):
+        elsewhere = pull.with_metadata or pull.dtype != pb.DTYPE_FLOAT32  # than in the room
+        if elsewhere and pull.room is not None and len(pull.keys):
             lanes.fill(pull.room, pulled)
         return pulled
 

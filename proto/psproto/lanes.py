@@ -43,6 +43,10 @@ REGISTRATION = 1 << 63  # least id of messages that only register a region of GP
 
 _CREDENTIALS = Struct("iII")  # of the process at the other end of a socket: pid, uid, gid
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
+_U1 = np.dtype("u1")
+_NOTHING: dict[Any, NDArray[Any]] = {
+    dtype: np.frombuffer(b"", dtype) for dtype in (_U1, _U4, _U8, *WIRE.values())
+}
 _EMPTY: dict[Any, NDArray[Any]] = {dtype: np.empty(0, dtype) for dtype in (_U8, _U4, _I8)}
 
 Memory = Any  # an object with a writable buffer: the memory of a region
@@ -118,15 +122,16 @@ def exchange_bytes(exchange: Exchange) -> int:
     """Return the size of the slices and rooms of an exchange, with the gaps that align them."""
     size = 0
     for push in exchange.pushes:
-        size += _aligned(push.keys.nbytes) + _aligned(push.gradients.nbytes)
+        size += (push.keys.nbytes + 7 & -8) + (push.gradients.nbytes + 7 & -8)
         if push.counts is not None:
-            size += _aligned(push.counts.nbytes)
+            size += push.counts.nbytes + 7 & -8
     for pull in exchange.pulls:
-        size += _aligned(pull.keys.nbytes) + _aligned(_room_of(pull))
+        size += (pull.keys.nbytes + 7 & -8) + (_room_of(pull) + 7 & -8)
     return size
 
 
 def _room_of(pull: PullMessage) -> int:
+    """Return the size of the room of a pull, in bytes."""
     head = pull.header
     if head.prefetch or pull.gpu_room is not None:
         return 0
@@ -150,30 +155,22 @@ def encode_request(
     caller may change, and the request may have to be encoded again.
     """
     request = pb.LaneRequest(id=header.id, timeout_ms=header.timeout_ms)
-
-    def put(field: pb.Slice, array: NDArray[Any]) -> NDArray[Any]:
-        nonlocal at
-        size = array.nbytes
-        field.region, field.offset, field.size = region, at, size
-        if size:
-            copy = np.frombuffer(memory, array.dtype, array.size, at)
-            copy[:] = array.reshape(-1)
-            array = copy
-        at += size + 7 & -8
-        return array
-
     for push in exchange.pushes:
         sent = request.pushes.add()
         sent.header.CopyFrom(push.header)
-        put(sent.keys, push.keys)
+        _put(sent.keys, push.keys, memory, region, at)
+        at += push.keys.nbytes + 7 & -8
         if push.counts is not None:
-            put(sent.counts, push.counts)
-        push.gradients = put(sent.gradients, push.gradients)
+            _put(sent.counts, push.counts, memory, region, at)
+            at += push.counts.nbytes + 7 & -8
+        push.gradients = _put(sent.gradients, push.gradients, memory, region, at)
+        at += push.gradients.nbytes + 7 & -8
     rooms = []
     for pull in exchange.pulls:
         asked = request.pulls.add()
         asked.header.CopyFrom(pull.header)
-        put(asked.keys, pull.keys)
+        _put(asked.keys, pull.keys, memory, region, at)
+        at += pull.keys.nbytes + 7 & -8
         if (far := pull.gpu_room) is not None:
             asked.rows.region, asked.rows.offset, asked.rows.size = far.region, far.offset, far.size
         room, size = asked.room, _room_of(pull)
@@ -181,6 +178,23 @@ def encode_request(
         rooms.append(at)
         at += size + 7 & -8
     return request.SerializeToString(), rooms
+
+
+def _put(
+    slice: pb.Slice, array: NDArray[Any], memory: Memory, region: int, at: int
+) -> NDArray[Any]:
+    """Copy an array to a region; describe it in ``slice``; return the copy, which is flat.
+
+    memory  memory of the region
+    region  number of the region
+    at      offset in the region
+    """
+    slice.region, slice.offset, slice.size = region, at, array.nbytes
+    if not array.nbytes:
+        return array
+    copy = np.frombuffer(memory, array.dtype, array.size, at)
+    copy[:] = array.reshape(-1)
+    return copy
 
 
 def decode_response(data: bytes) -> pb.StreamResponse:
@@ -222,8 +236,8 @@ def _pulled(header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at
         nothing = np.empty(0, WIRE[dtype]), _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8]
         return Pulled(header, *nothing, pull.gpu_room)
     columns = _columns(memory, at, n, dim, dtype, head.with_metadata)
-    for column in columns:
-        column.setflags(write=False)  # like those of a gRPC message, so that kernels are shared
+    for column in columns if head.with_metadata else columns[:1]:
+        column.flags.writeable = False  # like those of a gRPC message, so that kernels are shared
     return Pulled(header, *columns)
 
 
@@ -246,10 +260,12 @@ def parse(data: bytes) -> pb.LaneRequest:
 
 def request_bytes(request: pb.LaneRequest) -> int:
     """Return the size of the slices of a request, in bytes, as the client claims it."""
-    size = sum(pull.keys.size for pull in request.pulls)
+    size = 0
     for push in request.pushes:
         size += push.keys.size + push.counts.size + push.gradients.size
-    return int(size)
+    for pull in request.pulls:
+        size += pull.keys.size
+    return size
 
 
 def decode_request(
@@ -277,8 +293,7 @@ def decode_request(
         pushes.append(PushMessage(header, keys, counts if len(counts) else None, gradients))
     for pull in request.pulls:
         keys = _copied(regions, pull.keys, _U8, "keys")
-        memory, offset, size = _checked(regions, pull.room, 1, "room")
-        room = np.frombuffer(memory, np.uint8, size, offset)
+        room = _room(regions, pull.room)
         far = _gpu_room(pull, gpu_regions or {}) if pull.HasField("rows") else None
         pulls.append(PullMessage(pull.header, keys, room=room, gpu_room=far))
     return Exchange(pushes, pulls)
@@ -293,37 +308,45 @@ def _copied(
 
     Raises BadSlice.
     """
-    memory, offset, size = _checked(regions, at, dtype.itemsize, field)
+    size, offset = at.size, at.offset
+    if not size:
+        return _NOTHING[dtype]
+    memory = regions.get(at.region, b"")
+    end = offset + size
+    if size % dtype.itemsize or offset % ALIGNMENT or end > len(memory) or offset < HEADER_BYTES:
+        raise _bad_slice(memory, at, dtype.itemsize, field)
     if size < LARGE:
-        return np.frombuffer(memory[offset : offset + size], dtype)
+        return np.frombuffer(memory[offset:end], dtype)
     array = np.frombuffer(memory, dtype, size // dtype.itemsize, offset).copy()  # in huge pages
     array.setflags(write=False)
     return array
 
 
-def _checked(
-    regions: Mapping[int, Memory], at: pb.Slice, item: int, field: str
-) -> tuple[Memory, int, int]:
-    """Return (memory of a slice's region, offset, size in bytes), after checking them.
-
-    item   size of an item of the array, in bytes
-    field  name of the slice, for errors
-
-    Raises BadSlice.
-    """
-    region, offset, size = at.region, at.offset, at.size
+def _room(regions: Mapping[int, Memory], at: pb.Slice) -> NDArray[np.uint8]:
+    """Return the memory of the room that is the slice ``at``. Raises BadSlice."""
+    size, offset = at.size, at.offset
     if not size:
-        return b"", 0, 0
-    memory = regions.get(region)
-    if memory is None:
-        raise BadSlice(f"field {field!r}: region {region} is not registered")
-    if size % item or offset % ALIGNMENT or not HEADER_BYTES <= offset <= len(memory) - size:
-        raise BadSlice(
-            f"field {field!r}: expected a multiple of {item} bytes, at a multiple of"
-            f" {ALIGNMENT}, from {HEADER_BYTES} on, in region {region} of {len(memory)} bytes; got"
-            f" {size} bytes at {offset}"
-        )
-    return memory, offset, size
+        return _NOTHING[_U1]
+    memory = regions.get(at.region, b"")
+    if offset % ALIGNMENT or offset + size > len(memory) or offset < HEADER_BYTES:
+        raise _bad_slice(memory, at, 1, "room")
+    return np.frombuffer(memory, np.uint8, size, offset)
+
+
+def _bad_slice(memory: Memory, at: pb.Slice, item: int, field: str) -> BadSlice:
+    """Return the error about a slice that breaks a rule.
+
+    memory  memory of its region; empty: the region is not registered
+    item    size of an item of the array, in bytes
+    field   name of the slice
+    """
+    if not len(memory):
+        return BadSlice(f"field {field!r}: region {at.region} is not registered")
+    return BadSlice(
+        f"field {field!r}: expected a multiple of {item} bytes, at a multiple of {ALIGNMENT}, from"
+        f" {HEADER_BYTES} on, in region {at.region} of {len(memory)} bytes; got {at.size} bytes at"
+        f" {at.offset}"
+    )
 
 
 def _gpu_room(pull: pb.LanePull, regions: Mapping[int, Any]) -> GpuRoom:
