@@ -61,7 +61,7 @@ class Space:
         return None
 
     def _chunk(self, start: int, end: int) -> Chunk:
-        """Return the part from ``start`` to ``end``, which is not among the free ones, as a chunk."""
+        """Return a chunk from ``start`` to ``end``, which is not among the free parts."""
         chunk = Chunk(self, start, end)
         self._uses.add(Use(chunk, self._freed))
         return chunk

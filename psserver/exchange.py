@@ -330,21 +330,27 @@ class Exchanges:
             size += self._shard.size(pulls)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
-    def finish_now(self, begun: Begun, via: str) -> codec.Exchanged | None:
+    def finish_now(self, begun: Begun) -> codec.Exchanged | None:
         """Do the same as ``finish`` if that does not wait and raises no error; else return None.
 
-        via  how the exchange arrived: "stream" or "shm"
+        The caller calls ``count`` later, when the reply was sent.
         """
-        start, exchange, work = begun
+        _, exchange, work = begun
         if isinstance(work, Exception) or exchange is None or not work.done():
             return None
         if work.exception() is not None or (exchange.pushes and self._feed is not None):
             return None
         done = work.result()
-        if isinstance(done, Held):
-            return None
+        return None if isinstance(done, Held) else done
+
+    def count(self, begun: Begun, done: codec.Exchanged, via: str) -> None:
+        """Count an exchange for which ``finish_now`` returned ``done``.
+
+        via  how it arrived: "stream" or "shm"
+        """
+        start, exchange, _ = begun
+        assert exchange is not None
         self._count(exchange, done, start, via)
-        return done
 
     async def finish(self, begun: Begun, via: str = "unary") -> codec.Exchanged:
         """Wait until an exchange has run and its pushes are as durable as they require.

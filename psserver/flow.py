@@ -28,10 +28,11 @@ class Served:
 
 
 SERVED = Served()
+FEW = 8
 
-# Takes a message while ``Caller.read`` waits, if it can be begun at once. Returns None if it was
-# answered; SERVED if it was begun, or refused, and ``read`` must return SERVED; False if nothing
-# was done with it. Raises the errors of ``Caller.decode``
+# Takes a message of at most FEW parts while ``Caller.read`` waits, if it can be begun at once.
+# Returns None if it was answered; SERVED if it was begun, or refused, and ``read`` must return
+# SERVED; False if nothing was done with it. Raises the errors of ``Caller.decode``
 Accept = Callable[[Any], "Served | Literal[False] | None"]
 
 

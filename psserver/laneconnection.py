@@ -18,7 +18,7 @@ from typing import Literal
 from psproto import codec, lanes
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, Refused
-from psserver.flow import SERVED, Accept, Head, Served
+from psserver.flow import FEW, Accept, Head, Served
 from psserver.limits import Limits
 from psserver.regions import GpuRegion, Regions
 from psserver.security.budgets import Budget
@@ -111,7 +111,7 @@ class Connection:
     async def read(self) -> Message | Served | None:
         while True:
             message = await self._message()
-            if message is None or message is SERVED:
+            if message is None or isinstance(message, Served):
                 return message
             request = lanes.parse(message)
             if self._actor is not None and not request.regions:
@@ -230,8 +230,10 @@ class Connection:
                 if end > PIECE and reservation is None:
                     reservation = self._limits.admit(end - lanes.LENGTH.size)
                 data = await self._receive()
-                if not data or data is SERVED:
-                    return data or None
+                if isinstance(data, Served):
+                    return data
+                if not data:
+                    return None
                 received += data
         finally:
             if reservation is not None:
@@ -288,7 +290,7 @@ class Connection:
         if not data or _end(data) != len(data):
             return False
         request = lanes.parse(data[lanes.LENGTH.size :])
-        if request.regions:
+        if request.regions or len(request.pushes) + len(request.pulls) > FEW:
             return False
         return self.accept((request, len(data) + lanes.request_bytes(request)))
 

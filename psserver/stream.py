@@ -20,7 +20,7 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver.door import Context
 from psserver.errors import Draining, Overloaded
-from psserver.exchange import AT_ONCE, AT_ONCE_FIELDS, Exchanges, Read
+from psserver.exchange import AT_ONCE, AT_ONCE_FIELDS, Begun, Exchanges, Read
 from psserver.flow import NOTHING, SERVED, Accept, Caller, Flow, Head, Served
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
@@ -30,6 +30,8 @@ from psserver.status import abort, status_of
 from psserver.turns import Client
 
 PIPELINE = 64  # maximum number of requests in flight per stream
+
+Done = tuple[bytes, Begun, codec.Exchanged]  # an encoded reply, and what it is about
 
 
 class _Stream:
@@ -215,9 +217,9 @@ class Streams:
             raise
         if read is None:
             return self._accept_large(flow, data, start, reservation)
-        reply = self._begin(flow, read, start, reservation)
+        done = self._begin(flow, read, start, reservation)
         turns.spent(time.perf_counter() - start)
-        return None if reply is None else self._write_now(flow, reply, reservation)
+        return None if done is None else self._write_now(flow, done, reservation)
 
     def _accept_now(self, flow: Flow, data: Any) -> Served | Literal[False] | None:
         """Do the same as ``_accept`` if that takes no time, while the task that reads waits for a
@@ -241,18 +243,15 @@ class Streams:
         except BaseException:
             reservation.release()
             raise
-        if read is None:
+        assert read is not None  # it is small
+        sent, done = False, self._begin(flow, read, start, reservation)
+        if done is not None:
+            try:
+                sent = flow.caller.send(done[0])
+            except Exception:
+                flow.gone = True
             reservation.release()
-            return False
-        reply = self._begin(flow, read, start, reservation)
-        if reply is None:
-            turns.spent(time.perf_counter() - start)
-            return SERVED
-        try:
-            sent = flow.caller.send(reply)
-        except Exception:
-            sent, flow.gone = False, True
-        reservation.release()
+            self._exchanges.count(*done[1:], flow.caller.via)
         turns.spent(time.perf_counter() - start)
         return None if sent else SERVED
 
@@ -314,18 +313,16 @@ class Streams:
             reservation.release()
             raise
         del data
-        if (reply := self._begin(flow, read, start, reservation)) is not None:
-            await self._write_now(flow, reply, reservation)
+        if (done := self._begin(flow, read, start, reservation)) is not None:
+            await self._write_now(flow, done, reservation)
 
-    def _begin(
-        self, flow: Flow, read: Read, start: float, reservation: Reservation
-    ) -> bytes | None:
+    def _begin(self, flow: Flow, read: Read, start: float, reservation: Reservation) -> Done | None:
         """Start a decoded request and add its result to ``flow.answers``.
 
         start  time of arrival, in seconds of ``time.perf_counter``
 
-        If the result is there at once and no other one waits, returns the encoded reply instead,
-        and the caller writes it. This saves a switch to the task that writes.
+        If the result is there at once and no other one waits, returns it instead, and the caller
+        writes the reply. This saves a switch to the task that writes.
         """
         head, checked = read
         assert head is not None
@@ -335,22 +332,23 @@ class Streams:
         if isinstance(begun[2], asyncio.Future) and not begun[2].done():
             self._limits.turns.working(begun[2], reservation.size)
         if flow.caller.prompt and not flow.waiting:
-            done = self._exchanges.finish_now(begun, flow.caller.via)
+            done = self._exchanges.finish_now(begun)
             if done is not None:
-                return flow.caller.encode(head.id, done)
+                return flow.caller.encode(head.id, done), begun, done
         flow.waiting += 1
         flow.inflight += reservation.size
         flow.answers.put_nowait((head.id, begun, reservation))
         return None
 
-    async def _write_now(self, flow: Flow, data: bytes, reservation: Reservation) -> None:
-        """Write an encoded reply on the task that reads, and release its reservation."""
+    async def _write_now(self, flow: Flow, done: Done, reservation: Reservation) -> None:
+        """Write a reply on the task that reads, release its reservation, and count it."""
         try:
-            await flow.caller.write(data)
+            await flow.caller.write(done[0])
         except Exception:
             flow.gone = True
         finally:
             reservation.release()
+            self._exchanges.count(*done[1:], flow.caller.via)
 
     async def _write(self, flow: Flow) -> None:
         """Wait for each result in ``flow.answers`` and send it to the client, until None is queued.

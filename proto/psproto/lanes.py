@@ -44,9 +44,8 @@ REGISTRATION = 1 << 63  # least id of messages that only register a region of GP
 _CREDENTIALS = Struct("iII")  # of the process at the other end of a socket: pid, uid, gid
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 _U1 = np.dtype("u1")
-_NOTHING: dict[Any, NDArray[Any]] = {
-    dtype: np.frombuffer(b"", dtype) for dtype in (_U1, _U4, _U8, *WIRE.values())
-}
+_KINDS: tuple[Any, ...] = (_U1, _U4, _U8, *WIRE.values())
+_NOTHING = {dtype: np.frombuffer(b"", dtype) for dtype in _KINDS}  # arrays without items
 _EMPTY: dict[Any, NDArray[Any]] = {dtype: np.empty(0, dtype) for dtype in (_U8, _U4, _I8)}
 
 Memory = Any  # an object with a writable buffer: the memory of a region

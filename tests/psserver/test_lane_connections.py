@@ -16,9 +16,10 @@ from lanes import offer_of
 from servers import free_ports, serve
 
 from psclient import Client
-from psproto import lanes
+from psproto import codec, lanes
 from psproto import ps_pb2 as pb
 from psserver import lane as module
+from psserver.flow import SERVED
 from psserver.lane import Lanes, _listen
 from psserver.laneconnection import PIECE, Connection, Gone
 from psserver.security.guard import NOBODY, Guard
@@ -70,6 +71,63 @@ def test_others_are_served_between_two_messages_that_have_arrived(ends: Any) -> 
 
     asyncio.run(read_all())
     assert turns >= MESSAGES - 1
+
+
+def test_a_lone_message_is_served_in_the_callback_of_the_socket(ends: Any) -> None:
+    """All others, and those that cannot be served at once, reach the task that reads."""
+    ours, theirs = ends
+    client: Any = None
+    offered: list[int] = []
+    answers: list[Any] = [None, SERVED, False, None, codec.Malformed("no request")]
+
+    def accept(message: Any) -> Any:
+        offered.append(message[0].id)
+        answer = answers[len(offered) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def send(*ids: int) -> None:
+        several = [lanes.framed(pb.LaneRequest(id=id).SerializeToString()) for id in ids]
+        theirs.sendall(b"".join(several))
+
+    async def until(count: int) -> None:
+        while len(offered) < count:
+            await asyncio.sleep(0)
+
+    async def reading() -> asyncio.Task[Any]:
+        read = asyncio.create_task(client.read())
+        while client._waiter is None:
+            await asyncio.sleep(0)
+        return read
+
+    async def run() -> None:
+        nonlocal client
+        client = client_of(ours)
+        theirs.sendall(lanes.framed(pb.LaneRequest(token=TOKEN, id=9).SerializeToString()))
+        read = await reading()
+        client.accept = accept
+        send(1)
+        await until(1)
+        assert not read.done()
+        send(2)
+        assert await read is SERVED
+        read = await reading()
+        send(3)
+        assert (await read)[0].id == 3
+        read = await reading()
+        send(4)
+        await until(4)
+        send(5, 6)  # two at once
+        assert [(await read)[0].id, (await client.read())[0].id] == [5, 6]
+        read = await reading()
+        send(7)
+        with pytest.raises(codec.Malformed):
+            await read
+        client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert offered == [1, 2, 3, 4, 7]
 
 
 def test_a_reply_that_waits_ends_when_the_connection_is_closed(ends: Any) -> None:
