@@ -111,7 +111,8 @@ flow.py          one stream: the client's end, and its requests in flight
 queued.py        a request of a stream that waits for its turn
 stream.py        the bidirectional stream
 regions.py       map the memory that clients of the same-host lane register
-lane.py          the same-host lane: streams over a Unix socket
+laneconnection.py  one connection of the same-host lane: a stream over a Unix socket
+lane.py          the same-host lane: its socket, and who may use it
 parts.py         the components of a shard whose figures are shown
 budgets.py       memory and disk space that have a limit, and their use
 livestatus.py    live figures of a shard, for displays
