@@ -28,6 +28,7 @@ from psclient.patience import Patience
 from psclient.window import Window
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver.eventloop import Loop
 
 TABLE, DIM, ROWS = "overload", 32, 200_000
 BATCHES = 16  # different requests, used in turn
@@ -283,7 +284,10 @@ def main() -> None:
         if not flood.seconds:
             print("{}", flush=True)
             continue
-        print(json.dumps(asdict(uvloop.run(_Run(flood, known[kind]).run()))), flush=True)
+        print(
+            json.dumps(asdict(uvloop.run(_Run(flood, known[kind]).run(), loop_factory=Loop))),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

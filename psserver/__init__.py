@@ -44,6 +44,7 @@ preloads.py      load rows from disk into host memory, on the engine thread
 shard.py         one shard's rows of every table, and the changes to them; no networking
 gpu.py           open the GPU, and end the process if it fails
 busypoll.py      keep an event loop awake for a short time
+eventloop.py     the event loop of a server
 engine.py        the thread that owns the shard
 sweeper.py       evict rows in the background and on demand
 packing.py       pack the rows of a shard into blocks, the unit of files on disk

@@ -27,6 +27,7 @@ from psserver.addresses import join
 from psserver.config import ServerConfig
 from psserver.datadir import lock
 from psserver.errors import NotAShard
+from psserver.eventloop import Loop
 from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
 from psserver.unusable import ConfigError
@@ -218,7 +219,7 @@ def serve(config: ServerConfig) -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     keep_freed_memory()
     try:
-        uvloop.run(_serve_and_exit(config))
+        uvloop.run(_serve_and_exit(config), loop_factory=Loop)
     finally:
         if lock_file:
             lock_file.close()
