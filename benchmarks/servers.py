@@ -119,18 +119,21 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def echo() -> Iterator[str]:
-    """Run a bare grpc.aio server on uvloop as a process during a block; yield its address.
+def echo(*files: str) -> Iterator[tuple[str, int]]:
+    """Run a bare grpc.aio server on uvloop as a process during a block; yield its address and its
+    process id.
+
+    files  CAs of clients; key and certificate of the server. None: no TLS
 
     /Echo/Unary and /Echo/Stream reply to each message with zeros. The first four bytes of the
     message are the size of the reply, little-endian.
     """
     port = free_ports(1)
-    command = [sys.executable, "-m", "benchmarks.servers", str(port)]
+    command = [sys.executable, "-m", "benchmarks.servers", str(port), *files]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         wait_until_ready(process)
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", process.pid
     finally:
         process.kill()
         process.wait()
@@ -196,12 +199,14 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _serve_echo(port: int) -> None:
+async def _serve_echo(port: int, *files: str) -> None:
     replies: dict[int, bytes] = {}
 
     def reply(data: bytes) -> bytes:
         size = int.from_bytes(data[:4], "little")
-        return replies.setdefault(size, bytes(size))
+        if size not in replies:
+            replies[size] = b"\0" * size  # unlike bytes(size), not all in one page of zeros
+        return replies[size]
 
     async def unary(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         return reply(data)
@@ -216,11 +221,16 @@ async def _serve_echo(port: int) -> None:
         "Stream": grpc.stream_stream_rpc_method_handler(stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", methods),))
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    if files:
+        ca, own = (Path(file).read_bytes() for file in files)
+        credentials = grpc.ssl_server_credentials([(own, own)], ca, require_client_auth=True)
+        server.add_secure_port(f"127.0.0.1:{port}", credentials)
+    else:
+        server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     print("ready", flush=True)
     await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve_echo(int(sys.argv[1])))
+    uvloop.run(_serve_echo(int(sys.argv[1]), *sys.argv[2:]))

@@ -264,7 +264,7 @@ def main() -> None:
     keys = keys_of(np.arange(work.rows))
     with ExitStack() as stack:
         ours = tables(stack, work, keys)
-        address = stack.enter_context(echo())
+        address, _ = stack.enter_context(echo())
         peers: dict[str, Peer] = {}
         for name in filter(None, options.peers.split(";")):
             try:

@@ -186,7 +186,8 @@ def main() -> None:
             client = stack.enter_context(Client(each))
             fill(client.create_table("wire", DIM, lr=0.05), all_keys)
         table = local_table(all_keys, DIM)
-        by_kind = calls(stack, ours[0], busy[0], stack.enter_context(echo()))
+        bare, _ = stack.enter_context(echo())
+        by_kind = calls(stack, ours[0], busy[0], bare)
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
             keys = [all_keys[distinct].view(np.uint64) for _, distinct, _ in steps]

@@ -99,7 +99,9 @@ class Actor:
         self._guard = guard
         self._principal = principal
         self._task: asyncio.Task[Any] | None = None
-        self._known: dict[str, set[str]] = {"pull": set(), "push": set()}  # rights found so far
+        self._known: dict[str, set[str]] = {}  # rights found so far: verb -> tables
+        if principal is not None:
+            self._known |= {"pull": set(), "push": set()}
         self.name = "" if principal is None else principal.name
         self.proof = proof
         self.peer = peer
