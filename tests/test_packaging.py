@@ -103,6 +103,7 @@ def resolves(*requirements: str) -> str:
 def test_an_extra_for_gpus_is_installed_and_refused_without_a_gpu(
     extra: str, tmp_path: Path
 ) -> None:
+    """With its NVRTC, the tests of the compiled kernels run, which are skipped elsewhere."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     chosen = project["optional-dependencies"][extra]
     said = resolves(*project["dependencies"], *chosen)
@@ -126,3 +127,13 @@ def test_an_extra_for_gpus_is_installed_and_refused_without_a_gpu(
         done.stderr,
         re.M,
     ), done.stderr
+    compiled = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_nvrtc.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        check=False,
+    )
+    assert re.search(r"^\d+ passed", compiled.stdout, re.M), compiled.stdout
+    assert "skipped" not in compiled.stdout
