@@ -158,6 +158,7 @@ class LanePipe:
             if self._unsent and not self._readable():
                 continue
             try:
+                self._wait()
                 data = self._socket.recv(PIECE)
             except OSError as error:
                 if error.errno is None:  # a signal handler raised it
@@ -166,6 +167,17 @@ class LanePipe:
             if not data:
                 raise PipeLost("the server closed the lane")
             received += data
+
+    def _wait(self) -> None:
+        """Wait until the socket has data or is closed; without limit, so not if it has a timeout.
+
+        A thread that waits in ``recv`` instead wakes up for nothing, once per request, when the
+        server has read the request: the kernel tells it that there is room for more.
+        """
+        if self._socket.gettimeout() is None:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
 
     def _readable(self) -> bool:
         """Wait until the socket has data, or room for messages that wait, and send those.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import re
 import socket
 import threading
 import time
@@ -140,6 +141,41 @@ def test_a_message_that_is_larger_than_the_socket_is_sent_while_nothing_is_answe
     until(peer, 1)
     peer.answer(1)
     assert wait() == 1
+
+
+def test_a_thread_that_waits_for_an_answer_sleeps_while_its_request_is_read(
+    pipe: LanePipe, peer: Peer
+) -> None:
+    """Else each request would wake the thread, and the server that reads it would pay for that."""
+    assert peer.greeted.wait(60)
+    pipe.send(call(1))
+    began = threading.Event()
+    ids: list[int] = []
+
+    def receive() -> None:
+        began.set()
+        ids.append(pipe.receive()[0])
+
+    thread = threading.Thread(target=receive, daemon=True)
+    thread.start()
+    assert began.wait(60)
+    status = Path(f"/proc/self/task/{thread.native_id}/status")
+
+    def switches() -> int:
+        found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)", status.read_text(), re.M)
+        assert found is not None
+        return int(found[1])
+
+    before = -1
+    while before != switches():
+        before = switches()
+        time.sleep(0.1)
+    until(peer, 1)
+    time.sleep(0.1)
+    assert switches() == before
+    peer.answer(1)
+    thread.join(60)
+    assert ids == [1]
 
 
 def test_memory_is_registered_even_if_the_socket_has_no_room(pipe: LanePipe, peer: Peer) -> None:
