@@ -10,6 +10,7 @@ from psserver.config import ServerConfig
 
 SLACK = 64 << 10  # the service, not gRPC, refuses messages that exceed the limit by at most this
 WINDOW = 4 << 20  # bytes that a client may send on a stream before the service reads them
+STREAMS = 128  # calls in progress on one connection; a client's gRPC lets further ones wait
 PENDING = 1 << 14  # maximum number of calls that wait to begin; gRPC cancels further ones
 
 
@@ -21,6 +22,9 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
         # with bdp_probe, windows grow with the speed of the link, up to 256 MiB per stream
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW),
+        ("grpc.max_concurrent_streams", STREAMS),
+        # otherwise gRPC ends calls that a client began before it knew the limit
+        ("grpc.http.overload_protection", 0),
         ("grpc.server.max_pending_requests", PENDING),
         ("grpc.server.max_pending_requests_hard_limit", PENDING),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
