@@ -48,6 +48,7 @@ MEASURED = 0.1  # seconds over which the rate is measured
 SMOOTH = 0.3  # weight of the newest measurement of the rate
 SHORTEST, LONGEST = 0.1, 2.0  # bounds of the seconds after which refused clients may try again
 READS = 1  # requests that are read from one connection per round of the loop while others wait
+AHEAD = 4 << 20  # cost of the requests that wait with which only clients of which none waits are read
 PARTS = 8  # one client alone may take all of max_inflight_bytes but this part of it
 
 
@@ -129,7 +130,7 @@ class Turns:
         self._used = 0.0  # seconds of requests in this round of the loop
         self._begun = 0  # requests that were begun and not finished by the engine
         self._begun_cost = 0
-        self._read: list[Client] = []  # clients with ``reads``
+        self._read: list[Client] = []  # clients with ``reads`` or ``readers``
         self._called = False  # whether the loop will call ``_go_on``
         self._measured, self._since = 0, 0.0  # cost begun since a time, for ``rate``
         self._behind = math.inf  # since when requests wait for more than TARGET; inf: they do not
@@ -159,7 +160,7 @@ class Turns:
         def over(_: object) -> None:
             self._begun -= 1
             self._begun_cost -= cost
-            if self.waiting:
+            if self.waiting or self._read:
                 self._call()
 
         work.add_done_callback(over)
@@ -240,15 +241,17 @@ class Turns:
 
     async def pause(self, client: Client) -> None:
         """Wait before the next request is read from a stream, if others wait for their turn and
-        many were read from this client in this round of the loop.
+        many were read from this client in this round of the loop, or if requests of this client
+        wait and all that wait cost AHEAD.
 
         What a client sends beyond that stays in the transport, so that reading it, and refusing it,
-        does not take the time of others.
+        does not take the time of others, and what was read is still in the processor's caches when
+        its turn comes.
         """
-        if not client.reads:
+        if not client.reads and not client.readers:
             self._read.append(client)
         client.reads += 1
-        if client.reads > READS:
+        if client.reads > READS or self._has_enough(client):
             reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             client.readers.append(reader)
             self._call()
@@ -309,7 +312,8 @@ class Turns:
             self._begin_next(now)
             now = self._clock()
         self._measure(now)
-        if self._order and (self._begun < LEAST or self._begun_cost < MOST):
+        more = self._order and (self._begun < LEAST or self._begun_cost < MOST)
+        if more or (self._read and self.cost < AHEAD):
             self._call()
 
     def _wake_readers(self) -> None:
@@ -317,15 +321,19 @@ class Turns:
         clients, self._read = self._read, []
         for client in clients:
             client.reads = 0
-            while client.readers and client.reads < READS:
+            while client.readers and client.reads < READS and not self._has_enough(client):
                 reader = client.readers.popleft()
                 if not reader.done():
                     reader.set_result(None)
                     client.reads += 1
-            if client.reads:
+            if client.reads or client.readers:
                 self._read.append(client)
-        if self._read:
+        if any(client.reads for client in self._read):
             self._call()
+
+    def _has_enough(self, client: Client) -> bool:
+        """Return whether no further request of a client should be read for now."""
+        return bool(client.waiting) and self.cost >= AHEAD
 
     def _begin_next(self, now: float) -> None:
         """Begin the request whose turn it is, or refuse it if its deadline has passed."""
