@@ -239,7 +239,8 @@ class StreamLink(Link):
         if not delay or 2 * delay < call.deadline - time.monotonic():
             return None
         refusal = ResourceExhausted(
-            f"{self.where}: requests wait for {delay:.2g} s on this connection before they are sent"
+            f"{self.where}: a request on this connection would be answered after {delay:.2g} s, because"
+            " others wait to be sent"
         )
         refusal.reason, refusal.retry_after = OVERLOADED, delay
         return refusal

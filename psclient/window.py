@@ -74,8 +74,11 @@ class Window(Generic[Item]):
             yield self._waiting.popleft()
 
     def delay(self) -> float:
-        """Return the seconds for which a new request would probably wait here."""
-        return len(self._waiting) * self._between if self._waiting else 0.0
+        """Return the seconds until a new request would probably be answered, if it had to wait here;
+        0.0: it need not wait.
+        """
+        before = len(self._waiting) + len(self._sent)
+        return before * self._between if self._waiting else 0.0
 
     def _has_room(self) -> bool:
         count = len(self._sent)

@@ -48,7 +48,9 @@ MEASURED = 0.1  # seconds over which the rate is measured
 SMOOTH = 0.3  # weight of the newest measurement of the rate
 SHORTEST, LONGEST = 0.1, 2.0  # bounds of the seconds after which refused clients may try again
 READS = 1  # requests that are read from one connection per round of the loop while others wait
-AHEAD = 4 << 20  # cost of the requests that wait with which only clients of which none waits are read
+AHEAD = (
+    4 << 20
+)  # cost of the requests that wait with which only clients of which none waits are read
 PARTS = 8  # one client alone may take all of max_inflight_bytes but this part of it
 
 
