@@ -50,8 +50,8 @@ class Pipe(Protocol):
         ...
 
     def delay(self) -> float:
-        """Return the seconds until a new request would probably be answered, if it had to wait before
-        it is sent; 0.0: it need not wait. The caller holds the lock of the link.
+        """Return the seconds until a new request would probably be answered, if it had to wait
+        before it is sent; 0.0: it need not wait. The caller holds the lock of the link.
         """
         ...
 
