@@ -239,8 +239,8 @@ class StreamLink(Link):
         if not delay or 2 * delay < call.deadline - time.monotonic():
             return None
         refusal = ResourceExhausted(
-            f"{self.where}: a request on this connection would be answered after {delay:.2g} s, because"
-            " others wait to be sent"
+            f"{self.where}: a request would be answered after {delay:.2g} s, because others wait to"
+            " be sent on this connection"
         )
         refusal.reason, refusal.retry_after = OVERLOADED, delay
         return refusal
