@@ -239,7 +239,7 @@ class StreamLink(Link):
         if not delay or 2 * delay < call.deadline - time.monotonic():
             return None
         refusal = ResourceExhausted(
-            f"{self.where}: a request would be answered after {delay:.2g} s, because others wait to"
+            f"{self.where}: a request would be answered after {delay:.2g} s, since others wait to"
             " be sent on this connection"
         )
         refusal.reason, refusal.retry_after = OVERLOADED, delay
