@@ -74,8 +74,8 @@ class Window(Generic[Item]):
             yield self._waiting.popleft()
 
     def delay(self) -> float:
-        """Return the seconds until a new request would probably be answered, if it had to wait here;
-        0.0: it need not wait.
+        """Return the seconds until a new request would probably be answered, if it had to wait
+        here; 0.0: it need not wait.
         """
         before = len(self._waiting) + len(self._sent)
         return before * self._between if self._waiting else 0.0
