@@ -28,7 +28,7 @@ class Served:
 
 
 SERVED = Served()
-FEW = 8
+FEW = 8  # pushes and pulls of a message that ``Caller.accept`` takes
 
 # Takes a message of at most FEW parts while ``Caller.read`` waits, if it can be begun at once.
 # Returns None if it was answered; SERVED if it was begun, or refused, and ``read`` must return
