@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,13 @@ from typing import Any, Self
 import numpy as np
 
 from psclient.client import Client
-from psclient.errors import InvalidArgument, PsError, TableNotFound
+from psclient.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    PsError,
+    TableNotFound,
+    Unavailable,
+)
 from psclient.pending import Pending
 from psclient.tls import Tls
 from psclient.tools.bench.draws import key_of
@@ -29,6 +36,7 @@ HEADSTART = 0.3  # seconds from the order to start until all processes start
 FILL = 20_000  # rows per push while tables are filled
 AHEAD = 4  # pushes in flight while tables are filled
 END_SECONDS = 3.0  # for a process to end, before it is killed
+DROP_SECONDS = 10.0  # timeout of a request that drops a table at the end
 
 OnSecond = Callable[[Second], Any]
 OnFill = Callable[[int, int], Any]  # called with (rows filled, rows to fill)
@@ -74,6 +82,8 @@ class Fleet:
         self._created: list[str] = []
         self._workers: list[_Worker] = []
         self._rounds = 0
+        self.interrupted = False  # whether Ctrl-C ended a run early
+        self.left: dict[str, str] = {}  # tables that could not be dropped at the end, and why
 
     def __enter__(self) -> Self:
         try:
@@ -105,7 +115,9 @@ class Fleet:
         on_second  called after the warm-up and after each second, with the sums of all processes
         batch      keys per request and table, at most those of the plan; None: those of the plan
 
-        Raises GeneratorFailed if a process ends early.
+        Ctrl-C ends the run early: the result has the seconds that have passed, and ``interrupted``
+        is True from then on. KeyboardInterrupt is raised if the warm-up is not over, or at a second
+        Ctrl-C. Raises GeneratorFailed if a process ends early.
         """
         check_run(rate, seconds, warmup)
         self._rounds += 1
@@ -120,24 +132,36 @@ class Fleet:
         inbox: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
         for worker in self._workers:
             worker.begin(task, inbox)
-        return self._gather(inbox, rate, seconds, warmup, on_second)
+        return self._gather(inbox, rate, warmup, on_second)
 
     def close(self) -> None:
-        """End the processes, and drop the tables that were created. Idempotent."""
+        """End the processes, and drop the tables that were created. Idempotent.
+
+        If a table cannot be dropped, the measured figures are still good: nothing is raised, and
+        the table is in ``left``.
+        """
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.end()
         created, self._created = self._created, []
-        if created and not self._keep:
-            with self._client() as client:
-                for name in created:
-                    with suppress(TableNotFound):
-                        client.drop_table(name)
+        if not created or self._keep:
+            return
+        with self._client(DROP_SECONDS) as client:
+            for name in created:
+                try:
+                    client.drop_table(name)
+                except TableNotFound:
+                    continue
+                except (Unavailable, DeadlineExceeded) as error:
+                    self.left |= dict.fromkeys(created[created.index(name) :], str(error))
+                    return
+                except PsError as error:
+                    self.left[name] = str(error)
 
     # ---- tables
 
-    def _client(self) -> Client:
-        return Client(self._addresses, **{**self._options, "timeout": 60.0})
+    def _client(self, timeout: float = 60.0) -> Client:
+        return Client(self._addresses, **{**self._options, "timeout": timeout})
 
     def _prepare(self) -> None:
         """Create and fill the tables."""
@@ -218,7 +242,6 @@ class Fleet:
         self,
         inbox: SimpleQueue[tuple[int, dict[str, Any] | None]],
         rate: float,
-        seconds: float,
         warmup: float,
         on_second: OnSecond | None,
     ) -> Result:
@@ -227,18 +250,41 @@ class Fleet:
         parts: dict[int, list[dict[str, Any]]] = {}
         series: list[Second] = []
         while len(done) < len(self._workers):
-            _, message = self._take(inbox)
+            _, message = self._take_or_stop(inbox)
             if "done" in message:
                 done.append(message["done"])
                 continue
             second = message["second"]["second"]
             parts.setdefault(second, []).append(message["second"])
             if len(parts[second]) == len(self._workers) and second == len(series):
-                length = (warmup or 1.0) if second == 0 else min(1.0, seconds - second + 1)
-                series.append(_second(parts[second], length))
+                length = parts[second][0]["seconds"] if second else warmup or 1.0
+                series.append(_second(parts[second], max(length, 1e-3)))
                 if on_second is not None:
                     on_second(series[-1])
+        seconds = min(each["seconds"] for each in done)
+        if not seconds:
+            raise KeyboardInterrupt
         return _result(done, series, rate=rate, seconds=seconds, warmup=warmup)
+
+    def _take_or_stop(
+        self, inbox: SimpleQueue[tuple[int, dict[str, Any] | None]]
+    ) -> tuple[int, dict[str, Any]]:
+        """Return ``_take``; at the first Ctrl-C, end the run of all processes."""
+        try:
+            found = self._take(inbox)
+        except KeyboardInterrupt:
+            if self.interrupted:
+                raise
+            self.interrupted = True
+            self._interrupt()
+            return self._take_or_stop(inbox)
+        if self.interrupted:
+            self._interrupt()  # again: a process may have begun its run only now
+        return found
+
+    def _interrupt(self) -> None:
+        for worker in self._workers:
+            worker.process.send_signal(signal.SIGINT)
 
 
 def _part(whole: int, count: int, number: int) -> int:
@@ -252,7 +298,8 @@ def _second(parts: Sequence[dict[str, Any]], seconds: float) -> Second:
     for part in parts:
         for code, count in part["errors"].items():
             errors[code] = errors.get(code, 0) + count
-    sums = {name: sum(part[name] for part in parts) for name in ("offered", "ok", "keys", "bytes")}
+    names = ("offered", "ok", "refused", "keys", "bytes")
+    sums = {name: sum(part[name] for part in parts) for name in names}
     return Second(
         second=parts[0]["second"],
         seconds=seconds,
@@ -292,7 +339,7 @@ def _result(done: Sequence[dict[str, Any]], series: Sequence[Second], **run: flo
         kinds=kinds,
         errors=by_name("errors"),
         lag=Latencies.merged(each["lag"] for each in done),
-        cores=[each["cpu"] / seconds for each in done],
+        cores=[each["cores"] for each in done],
         series=series,
     )
 

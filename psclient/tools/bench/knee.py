@@ -36,6 +36,10 @@ class Point:
     p99: float
     p999: float
     longest: float
+    refused: float = 0.0  # share of requests that a server refused for now; part of ``failed``
+    generator: float = 0.0  # cores that the busiest process of the load generator used
+    shard: float = 0.0  # cores that the busiest shard used; 0.0: not known
+    doubts: tuple[str, ...] = ()  # why the load generator itself may have been the limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,10 @@ def problem(point: Point, p99: float) -> str:
     p99  objective: longest p99 latency, in seconds
     """
     if point.failed > FAILED:
-        return f"{100 * point.failed:.3g} % of the requests failed"
+        refused, failed = (f"{100 * each:.3g} %" for each in (point.refused, point.failed))
+        if point.refused < point.failed / 2:
+            return f"{failed} of the requests failed"
+        return f"{refused} of the requests were refused"
     missing = (point.offered - point.achieved) * point.seconds
     if missing > DROPPED * point.offered * point.seconds + SLACK:
         return (

@@ -17,8 +17,8 @@ from psclient.tools.figures import size
 from psclient.tools.listing import listing
 
 COLUMNS = (
-    *("run<", "offered/s", "achieved/s", *(f"p{each:g}" for each in SHOWN), "max", "failed"),
-    *("keys/s", "bytes/s"),
+    *("run<", "offered/s", "achieved/s", *(f"p{each:g}" for each in SHOWN), "max"),
+    *("refused", "failed", "keys/s", "bytes/s"),
 )
 
 
@@ -28,7 +28,7 @@ class Sums:
     def __init__(self) -> None:
         self.latency = Latencies()
         self.seconds = 0.0
-        self.offered = self.ok = self.keys = self.bytes = self.failed = 0
+        self.offered = self.ok = self.keys = self.bytes = self.refused = self.failed = 0
 
     def add(self, second: Second) -> None:
         """Add a second."""
@@ -38,7 +38,8 @@ class Sums:
         self.ok += second.ok
         self.keys += second.keys
         self.bytes += second.bytes
-        self.failed += sum(second.errors.values())
+        self.refused += second.refused
+        self.failed += sum(second.errors.values()) - second.refused
 
     def line(self, name: str) -> list[str]:
         """Return the cells of a line of the table."""
@@ -49,6 +50,7 @@ class Sums:
             rate(self.offered / seconds),
             rate(self.ok / seconds),
             *map(duration, times),
+            f"{self.refused:,}",
             f"{self.failed:,}",
             rate(self.keys / seconds),
             size(self.bytes / seconds),

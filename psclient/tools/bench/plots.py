@@ -29,6 +29,7 @@ STYLE = """
 .xs span.last { transform: translateX(-100%); }
 .note { position: absolute; white-space: nowrap; font-size: 12px; padding: 0 4px;
         background: color-mix(in srgb, var(--card) 80%, transparent); color: var(--text); }
+.up { margin: 0 0 10px; font-size: 12px; color: var(--soft); }
 .axis { text-align: center; margin-left: 4.2em; font-size: 12px; color: var(--soft); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 8px 4.2em; font-size: 13px;
           color: var(--text); }
@@ -160,7 +161,7 @@ def drawn(plot: Plot) -> str:
     notes = "".join(_note(each, x, y) for each in plot.marks)
     return (
         f"<figure class=chart role=img aria-label='{escape(plot.label, quote=True)}'>"
-        f"<div class=legend>{legend}</div>"
+        f"<div class=legend>{legend}</div><div class=up>{escape(y.title)}</div>"
         f"<div class=frame><div class=ys>{ys}</div><div class=area>"
         f"<svg viewBox='0 0 {SIDE} {SIDE}' preserveAspectRatio='none' aria-hidden=true>"
         f"{shapes}</svg>{notes}</div></div>"

@@ -29,6 +29,7 @@ dl { grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); }
 .words > aside { flex: 1 1 260px; min-width: 0; }
 .words h3 { font-size: 14px; margin: 6px 0; color: var(--soft); font-weight: 500; }
 .words p { color: var(--text); font-size: 15px; min-height: 0; margin: 6px 0; }
+.lead { font-size: 19px; line-height: 1.45; max-width: 60ch; margin: 4px 0 18px; }
 .words .warn { border-left: 3px solid var(--bad); padding-left: 10px; }
 """
 
@@ -45,7 +46,8 @@ def report(trial: Trial) -> str:
         _over_time(trial.result),
     ]
     cards += [_kinds(trial.result), _settings(trial)]
-    body = f'{document.tiles(facts(trial))}<div class="cards">{"".join(cards)}</div>'
+    first = f"<p class=lead>{escape(verdict(trial)[0])}</p>"
+    body = f'{first}{document.tiles(facts(trial))}<div class="cards">{"".join(cards)}</div>'
     body += (
         "<footer>Latencies count from the moment at which a request was due, also if it was sent"
         " later because others were unanswered. Failed requests are not part of them."
@@ -67,8 +69,8 @@ def report(trial: Trial) -> str:
 
 def _verdict(trial: Trial) -> str:
     """Return the card that says what the figures mean."""
-    text = "".join(f"<p>{escape(each)}</p>" for each in verdict(trial))
-    text += "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in doubts(trial))
+    text = "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in doubts(trial))
+    text += "".join(f"<p>{escape(each)}</p>" for each in verdict(trial)[1:])
     inner = f"<div>{text}</div>"
     if trial.sizing is not None and (lines := table(trial.sizing)):
         numbers = document.table(("shards", "keys of a shard per request", "requests/s"), lines)
@@ -181,7 +183,7 @@ def _goodput(trial: Trial) -> str:
     plot = Plot(
         label="Achieved rate by offered rate",
         x=linear("offered requests per second", _highest(trial), rate),
-        y=linear("achieved", _highest(trial), rate),
+        y=linear("achieved requests per second", _highest(trial), rate),
         curves=[
             Curve("all are answered", "soft", [(0.0, 0.0), (high, high)], dashed=True),
             Curve("achieved", "one", [(each.offered, each.achieved) for each in points]),
@@ -244,17 +246,21 @@ def _nines(percentile: float) -> float:
 def _rates(result: Result) -> str:
     """Return the card with the rates per second of the run."""
     series = [each for each in result.series if each.second]
-    failed = [(each.second, sum(each.errors.values()) / each.seconds) for each in series]
+    refused = [(each.second, each.refused / each.seconds) for each in series]
+    failed = [
+        (each.second, (sum(each.errors.values()) - each.refused) / each.seconds) for each in series
+    ]
     curves = [
         Curve("offered", "soft", [(s.second, s.offered / s.seconds) for s in series], dashed=True),
         Curve("achieved", "one", [(s.second, s.ok / s.seconds) for s in series]),
     ]
-    if any(value for _, value in failed):
-        curves.append(Curve("failed", "bad", failed))
+    for name, color, points in (("refused", "two", refused), ("failed", "bad", failed)):
+        if any(value for _, value in points):
+            curves.append(Curve(name, color, points))
     plot = Plot(
         label="Requests per second, over time",
         x=_seconds(series),
-        y=linear("requests/s", [y for each in curves for _, y in each.points], rate),
+        y=linear("requests per second", [y for each in curves for _, y in each.points], rate),
         curves=curves,
     )
     return document.card("Rates over time", "Requests per second of the run.", drawn(plot))

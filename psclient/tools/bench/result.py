@@ -23,6 +23,7 @@ class Second:
     seconds: float  # duration
     offered: int
     ok: int
+    refused: int  # requests that a server refused for now; ``errors`` has them too
     keys: int
     bytes: int
     errors: dict[str, int]
@@ -59,6 +60,11 @@ class Result:
     def failed_share(self) -> float:
         """Return the share of requests that failed, refused ones included."""
         return self.failed / max(self.failed + len(self.latency), 1)
+
+    @property
+    def refused_share(self) -> float:
+        """Return the share of requests that a server refused for now."""
+        return self.refused / max(self.failed + len(self.latency), 1)
 
     def doubts(self) -> list[str]:
         """Return why the load generator itself may have limited the figures; []: it did not."""
@@ -106,6 +112,7 @@ class Result:
                     "seconds": each.seconds,
                     "offered": each.offered / each.seconds,
                     "achieved": each.ok / each.seconds,
+                    "refused": each.refused / each.seconds,
                     "keys": each.keys / each.seconds,
                     "bytes": each.bytes / each.seconds,
                     "errors": each.errors,

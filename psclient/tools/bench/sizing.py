@@ -96,11 +96,7 @@ def sentences(sizing: Sizing, *, wanted: float = 0.0) -> list[str]:
             "No rate kept the objective, so there is no recommended rate: allow a longer latency"
             " (--p99-ms), or use smaller requests."
         ]
-    one = "one shard carries" if sizing.shards == 1 else f"{sizing.shards} shards carry"
-    said = [
-        f"With requests of {sizing.keys:,} keys, {one} {_rate(sizing.recommended)} requests per"
-        " second."
-    ]
+    said = []
     if sizing.cost is not None:
         said.append(_cost(sizing, sizing.cost))
     said += _scaling(sizing) if sizing.limited else [NOT_LIMITED]
@@ -143,11 +139,13 @@ def _scaling(sizing: Sizing) -> list[str]:
 
 def _wanted(sizing: Sizing, wanted: float) -> str:
     """Return how many shards the wanted rate needs."""
-    have = f"{sizing.shards} shard{'' if sizing.shards == 1 else 's'}"
+    one = sizing.shards == 1
     if not sizing.limited:
         if wanted <= sizing.recommended:
-            return f"For {_rate(wanted)} requests per second, {have} suffice; fewer may."
-        return f"Whether {have} carry {_rate(wanted)} requests per second, this test cannot say."
+            have = "this shard suffices" if one else f"{sizing.shards} shards suffice; fewer may"
+            return f"For {_rate(wanted)} requests per second, {have}."
+        have = "this shard carries" if one else f"{sizing.shards} shards carry"
+        return f"Whether {have} {_rate(wanted)} requests per second, this test cannot say."
     shards = sizing.shards_for(wanted)
     if shards is None:
         return (

@@ -9,7 +9,7 @@ from typing import Any
 
 from psclient.client import Client
 from psclient.tools.bench.fleet import Fleet, OnSecond
-from psclient.tools.bench.knee import SAFETY, Knee, Point, sweep
+from psclient.tools.bench.knee import SAFETY, Knee, Point, knee_of, problem, sweep
 from psclient.tools.bench.plan import Plan
 from psclient.tools.bench.result import Result, Second
 from psclient.tools.bench.shards import Host, ShardUse, Watch, host
@@ -46,12 +46,14 @@ class Times:
 class Trial:
     """All that a load test measured.
 
-    result  of the single run, or of the run at the recommended rate
+    result  of the single run, or of the run at the recommended rate; of the last run if Ctrl-C
+            ended the test early
     uses    what the shards used during that run; []: not known
     busy    share of the processors of the load generator's machine that were busy meanwhile
     closed  of the closed loop before a sweep; None: there was none
     knee    of the sweep; None: there was none
     cost    of a request, measured after a sweep; None: it was not measured
+    interrupted  whether Ctrl-C ended the test early
     """
 
     plan: Plan
@@ -65,14 +67,15 @@ class Trial:
     closed: Result | None = None
     knee: Knee | None = None
     cost: Cost | None = None
+    interrupted: bool = False
     time: float = field(default_factory=time.time)  # seconds since 1970
     release: str = RELEASE
     host: Host = field(default_factory=host)
 
     @property
     def sizing(self) -> Sizing | None:
-        """Return what to size a cluster with; None: there was no sweep."""
-        if self.knee is None:
+        """Return what to size a cluster with; None: there was no sweep, or it did not end."""
+        if self.knee is None or self.interrupted:
             return None
         return Sizing(
             shards=self.shards,
@@ -85,17 +88,25 @@ class Trial:
 
     @property
     def knee_cores(self) -> float:
-        """Return how many cores the busiest shard uses at the knee, estimated; 0.0: not known."""
-        if self.knee is None or self.knee.at is None or not self.result.achieved:
+        """Return how many cores the busiest shard used at the knee; 0.0: not known.
+
+        Of the highest rate that passed and the next one, the rate at which it used more.
+        """
+        if self.knee is None:
             return 0.0
-        most = max((each.cores for each in self.uses), default=0.0)
-        return most * self.knee.at.rate / self.result.achieved
+        return max((each.shard for each in (self.knee.at, self.knee.above) if each), default=0.0)
+
+    @property
+    def held(self) -> bool:
+        """Return whether the run at the recommended rate kept the objective."""
+        return not problem(point_of(self.result), self.objective.p99)
 
     def as_json(self) -> dict[str, Any]:
         """Return everything; durations are in seconds, rates per second."""
         return {
             "release": self.release,
             "time": self.time,
+            "interrupted": self.interrupted,
             "host": asdict(self.host),
             "plan": self.plan.as_json(),
             "objective": asdict(self.objective),
@@ -120,6 +131,14 @@ class _Run:
     busy: float
 
 
+class _Interrupted(Exception):
+    """Ctrl-C ended a run early. ``run``: what it measured until then."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+
 class Runner:
     """Runs load tests of one fleet.
 
@@ -142,16 +161,32 @@ class Runner:
         self._objective, self._times = objective, times
         self._on_run, self._on_second = on_run, on_second
         self._shards = client._shards()
+        self._points: dict[float, Point] = {}  # steps of a sweep that ended, by rate
 
     def single(self, rate: float) -> Trial:
         """Run at one rate; 0: a closed loop."""
-        return self._trial(self._run("run", rate, self._times.seconds))
+        try:
+            return self._trial(self._run("run", rate, self._times.seconds))
+        except _Interrupted as early:
+            return self._trial(early.run, interrupted=True)
 
     def sweep(self, first: float = 0.0) -> Trial:
         """Find the knee, measure the cost of requests, and run at the recommended rate.
 
         first  rate of the first step; 0: a share of the rate of a closed loop, which is run first
+
+        If Ctrl-C ends a run, the trial has the steps that ended before.
         """
+        self._points = {}
+        try:
+            return self._sweep(first)
+        except _Interrupted as early:
+            goal, points = self._objective, list(self._points.values())
+            knee = knee_of(points, p99=goal.p99, safety=goal.safety) if points else None
+            return self._trial(early.run, knee=knee, interrupted=True)
+
+    def _sweep(self, first: float) -> Trial:
+        """Sweep. Raises _Interrupted."""
         closed = None
         if not first:
             closed = self._run("closed loop", 0.0, self._times.step).result
@@ -182,7 +217,7 @@ class Runner:
         )
 
     def _run(self, what: str, rate: float, seconds: float, batch: int | None = None) -> _Run:
-        """Run once."""
+        """Run once. Raises _Interrupted if Ctrl-C ends the run."""
         if self._on_run is not None:
             self._on_run(what, rate)
         watches: list[Watch] = []
@@ -196,13 +231,20 @@ class Runner:
         result = self._fleet.run(
             rate, seconds, warmup=self._times.warmup, on_second=ended, batch=batch
         )
-        if not watches:
-            return _Run(result, [], 0.0)
-        return _Run(result, watches[0].shards(), watches[0].machine())
+        run = _Run(result, [], 0.0)
+        if watches:
+            run = _Run(result, watches[0].shards(), watches[0].machine())
+        if self._fleet.interrupted:
+            raise _Interrupted(run)
+        return run
 
     def _measure(self, rate: float) -> Point:
         """Run one step of the sweep."""
-        return point_of(self._run("sweep", rate, self._times.step).result)
+        run = self._run("sweep", rate, self._times.step)
+        point = point_of(run.result, run.uses)
+        before = self._points.setdefault(rate, point)
+        self._points[rate] = min(before, point, key=lambda each: (each.failed, each.p99))
+        return point
 
     def _cost(self, whole: _Run) -> Cost | None:
         """Return the processor time of the shards per request; run once more, with fewer keys.
@@ -224,8 +266,11 @@ class Runner:
         return cost_of(measured)
 
 
-def point_of(result: Result) -> Point:
-    """Return a run as a point of a sweep."""
+def point_of(result: Result, uses: Sequence[ShardUse] = ()) -> Point:
+    """Return a run as a point of a sweep.
+
+    uses  what the shards used; empty: not known
+    """
     p50, p99, p999 = result.latency.percentiles([50, 99, 99.9])
     return Point(
         rate=result.rate,
@@ -237,4 +282,8 @@ def point_of(result: Result) -> Point:
         p99=p99,
         p999=p999,
         longest=result.latency.longest,
+        refused=result.refused_share,
+        generator=max(result.cores, default=0.0),
+        shard=max((each.cores for each in uses), default=0.0),
+        doubts=tuple(result.doubts()),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from psclient.tools.bench.knee import problem
+from psclient.tools.bench.result import Result
 from psclient.tools.bench.sizing import sentences
-from psclient.tools.bench.trial import Trial
+from psclient.tools.bench.trial import Trial, point_of
 from psclient.tools.figures import percent, size
 
 FULL = 0.95  # share of busy processors beyond which a machine may be the bottleneck
@@ -29,20 +31,59 @@ def facts(trial: Trial) -> list[tuple[str, str]]:
         ("p99 latency", duration(p99)),
         ("p99.9 latency", duration(p999)),
         ("longest", duration(result.latency.longest)),
-        ("failed", percent(result.failed_share)),
+        ("refused for now", percent(result.refused_share)),
+        ("failed otherwise", percent(_share_otherwise(result))),
     ]
+
+
+def _share_otherwise(result: Result) -> float:
+    """Return the share of requests that failed and were not refused for now."""
+    return (result.failed - result.refused) / max(result.failed + len(result.latency), 1)
 
 
 def verdict(trial: Trial) -> list[str]:
     """Return sentences that say what the figures mean, and how large a cluster should be."""
     said = []
+    if trial.interrupted:
+        said.append(_interrupted_text(trial))
     if trial.knee is None:
         said.append(_run_text(trial))
     elif trial.knee.at is not None:
-        said.append(_knee_text(trial))
+        said += [_recommended_text(trial), _knee_text(trial)]
     if trial.sizing is not None:
         said += sentences(trial.sizing, wanted=trial.objective.wanted)
     return [*said, *_use_text(trial)]
+
+
+def _recommended_text(trial: Trial) -> str:
+    """Return the rate to plan with, and what was measured at it."""
+    knee, result = trial.knee, trial.result
+    assert knee is not None
+    cluster = "this shard" if trial.shards == 1 else f"these {trial.shards} shards"
+    said = (
+        f"Plan with at most {rate(knee.recommended)} requests per second for {cluster}, with"
+        f" {trial.plan.batch * trial.plan.tables:,} keys each."
+    )
+    if trial.interrupted:
+        return said
+    return (
+        f"{said} At this rate, 99 % of the requests were answered within"
+        f" {duration(result.latency.percentile(99))}; the objective is"
+        f" {duration(trial.objective.p99)}."
+    )
+
+
+def _interrupted_text(trial: Trial) -> str:
+    """Return which part of the test has ended."""
+    seconds = f"The figures of the last run are those of its first {trial.result.seconds:.3g} s."
+    if trial.knee is None:
+        return f"The test was interrupted. {seconds}"
+    count = len(trial.knee.points)
+    steps = "1 step that ended" if count == 1 else f"{count} steps that ended"
+    return (
+        f"The test was interrupted, so the knee and the recommended rate may be higher: they are"
+        f" those of the {steps} before. {seconds}"
+    )
 
 
 def _knee_text(trial: Trial) -> str:
@@ -63,17 +104,23 @@ def _knee_text(trial: Trial) -> str:
 def _run_text(trial: Trial) -> str:
     """Return what a run without a sweep showed."""
     result = trial.result
+    others = ""
+    if result.failed:
+        others = (
+            f" Shards refused {result.refused:,} requests for now, and"
+            f" {result.failed - result.refused:,} failed."
+        )
     if not result.rate:
         return (
             f"Closed loop: {trial.plan.clients} clients, of which each waits for its answer before"
-            f" it sends the next request, made {rate(result.achieved)} requests per second. If the"
-            " server stalls, such clients stop to send, so these latencies do not show what users"
-            " see at a given rate. Use --rate or --sweep for that."
+            f" it sends the next request, made {rate(result.achieved)} requests per second.{others}"
+            " If the server stalls, such clients stop to send, so these latencies do not show what"
+            " users see at a given rate. Use --rate or --sweep for that."
         )
     return (
         f"Open loop: {rate(result.offered)} requests per second arrived, {rate(result.achieved)}"
         f" succeeded. 99 % of these were answered within"
-        f" {duration(result.latency.percentile(99))}. Use --sweep to find the highest rate."
+        f" {duration(result.latency.percentile(99))}.{others} Use --sweep to find the highest rate."
     )
 
 
@@ -99,6 +146,17 @@ def _use_text(trial: Trial) -> list[str]:
 def doubts(trial: Trial) -> list[str]:
     """Return why the figures may be those of something else than the shards; []: no reason."""
     found = trial.result.doubts()
+    knee = trial.knee
+    if knee is not None and not trial.interrupted:
+        if knee.at is not None and not trial.held:
+            found.append(
+                f"the run at the recommended rate failed"
+                f" ({problem(point_of(trial.result), trial.objective.p99)}), so something disturbed"
+                " it or the sweep; repeat the test"
+            )
+        last = knee.above or knee.at
+        if last is not None:
+            found += [f"at {rate(last.rate)} requests per second, {each}" for each in last.doubts]
     if trial.busy > FULL:
         found.append(
             f"the processors of the load generator's machine were {share(trial.busy)} busy: if the"
@@ -106,7 +164,7 @@ def doubts(trial: Trial) -> list[str]:
         )
     if trial.sizing is not None and not trial.sizing.limited:
         found.append(
-            f"at the knee, the busiest shard used only about {trial.knee_cores:.2f} cores, so that"
+            f"at the knee, the busiest shard used only {trial.knee_cores:.2f} cores, so that"
             " the load generator, its machine, the network or the disk was the limit"
         )
     return found

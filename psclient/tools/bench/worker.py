@@ -3,7 +3,8 @@
 It reads one JSON object per line from its standard input and writes one per line to its standard
 output. The first line that it reads is its task, see ``main``; it answers {"ready": true} once its
 clients are connected. Each further line is a run, see ``Run``. During a run it writes a line
-{"second": {...}} per second, and at the end {"done": {...}}. It ends when its input ends.
+{"second": {...}} per second, and at the end {"done": {...}}. SIGINT ends the run early: it is as if
+the run had been planned so short. The process ends when its input ends.
 
 A thread takes the next request from the schedule before it is due, waits until it is due, sends it
 and waits for its answer. So no thread hands requests to others, and a thread that is free starts
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -48,7 +49,8 @@ NAMES = {  # of errors without a reason
     Unavailable: "UNAVAILABLE",
 }
 UNSENT = "NOT_SENT"  # error of a request that was due, but not sent before the end of the run
-LATE = 0.001  # seconds after which a request starts late
+CONNECT_SECONDS = 60.0  # for the first pull of a client that servers refuse for now
+NOTICE = 0.5  # seconds after which a thread that waits notices that the run was stopped
 
 
 class Sent(NamedTuple):
@@ -65,6 +67,16 @@ class Sent(NamedTuple):
     bytes: int
 
 
+class Clock(Protocol):
+    """What a run needs of the module ``time``."""
+
+    def monotonic(self) -> float:
+        """Return the time in seconds."""
+
+    def sleep(self, seconds: float, /) -> None:
+        """Return after this time."""
+
+
 class Run:
     """One run of a process: requests at a rate, or from clients that wait for each answer.
 
@@ -74,16 +86,24 @@ class Run:
              "batch": keys per request and table}
     senders  one per client
     threads  number of requests in flight at most
+    clock    tells the time, and waits
     """
 
     def __init__(
-        self, task: dict[str, Any], senders: list[Sender], threads: int, mix: Mix, seed: int
+        self,
+        task: dict[str, Any],
+        senders: list[Sender],
+        threads: int,
+        mix: Mix,
+        seed: int,
+        clock: Clock = time,
     ) -> None:
+        self._clock = clock
         self._closed = task["rate"] == 0
         self._start = task["start"]
         self._first = self._start + task["warmup"]
         self._end = self._first + task["seconds"]
-        self._senders, self._mix = senders, mix
+        self._mix = mix
         mix.batch = task["batch"]
         length = task["warmup"] + task["seconds"]
         self._arrivals = Arrivals(max(task["rate"], 1e-9), length, (seed, task["round"], 1))
@@ -99,22 +119,31 @@ class Run:
         """Send all requests; write the lines of the seconds and of the result."""
         for thread in self._threads:
             thread.start()
-        totals, cpu, second = Totals(self._first, self._end), 0.0, 0
-        time.sleep(max(self._first - time.monotonic(), 0))
-        cpu = time.process_time()
+        totals, second = Totals(self._first), 0
+        self._wait(self._first)
+        cpu, began = time.process_time(), time.monotonic()
         self._tell(totals, second)
-        while (now := time.monotonic()) < self._end:
+        while time.monotonic() < self._end:
             second += 1
-            time.sleep(max(min(self._first + second, self._end) - now, 0))
+            self._wait(self._first + second)
             self._tell(totals, second)
-        cpu = time.process_time() - cpu
+        cpu = (time.process_time() - cpu) / max(time.monotonic() - began, 1e-9)
         while any(thread.is_alive() for thread in self._threads):
             for thread in self._threads:
                 thread.join(1.0)
             self._tell(totals, second)
         self._tell(totals, second)  # requests that ended after the last look at the threads
-        done = totals.as_json()
-        write({"done": {**done, "cpu": cpu}})
+        seconds = max(self._end - self._first, 0.0)
+        write({"done": {**totals.as_json(), "seconds": seconds, "cores": cpu}})
+
+    def stop(self) -> None:
+        """End the run now, unless it has ended. Called by a signal handler."""
+        self._end = min(self._end, time.monotonic())
+
+    def _wait(self, until: float) -> None:
+        """Wait until this time or the end of the run."""
+        while (left := min(until, self._end) - self._clock.monotonic()) > 0:
+            self._clock.sleep(min(left, NOTICE))
 
     def _tell(self, totals: Totals, second: int) -> None:
         """Add the requests that ended since the last call to the totals, and write their line."""
@@ -122,7 +151,7 @@ class Run:
         now, offered = time.monotonic(), []
         while self._offered and self._offered[0] <= now:  # those that are due; they are ascending
             offered.append(self._offered.popleft())
-        totals.add(sent, offered)
+        totals.add(sent, offered, self._end)
         part = Latencies()
         good = [each for each in sent if not each.error]
         part.record([each.ended - each.intended for each in good])
@@ -132,6 +161,8 @@ class Run:
                 errors[each.error] = errors.get(each.error, 0) + 1
         line = {
             "second": second,
+            "seconds": min(1.0, self._end - self._first - second + 1) if second else 0.0,
+            "refused": sum(each.refused for each in sent),
             "offered": len(offered),
             "ok": len(good),
             "keys": sum(each.keys for each in good),
@@ -145,17 +176,17 @@ class Run:
         """Send requests until the run ends. A thread runs this method."""
         while (due := self._take()) is not None:
             intended, request = due
-            now = time.monotonic()
-            waited = now > intended and not self._closed
-            if now < intended:
-                time.sleep(intended - now)
+            waited = self._clock.monotonic() > intended and not self._closed
+            self._wait(intended)
+            if intended >= self._end:  # the run was ended early
+                return
             if (pause := self._send(sender, intended, waited, request)) and self._closed:
-                time.sleep(min(pause, max(self._end - time.monotonic(), 0)))
+                self._wait(self._clock.monotonic() + pause)
 
     def _take(self) -> tuple[float, Request] | None:
         """Return the next request and when it is due; None: the run is over."""
         with self._lock:
-            now = time.monotonic()
+            now = self._clock.monotonic()
             if self._closed:
                 if now >= self._end:
                     return None
@@ -173,6 +204,8 @@ class Run:
         """Count the requests that were due and not sent; the caller holds the lock."""
         while (due := self._arrivals.next()) is not None:
             intended = self._start + due
+            if intended >= self._end:  # the run was ended early
+                return
             self._offered.append(intended)
             sent = Sent(intended, self._end, self._end, True, "", UNSENT, False, 0, 0)
             self._sent.append(sent)
@@ -180,13 +213,13 @@ class Run:
     def _send(self, sender: Sender, intended: float, waited: bool, request: Request) -> float:
         """Send a request and record it; return the seconds that the server asked to pause."""
         error, refused, keys, size, pause = "", False, 0, 0, 0.0
-        started = time.monotonic()
+        started = self._clock.monotonic()
         try:
             keys, size = sender.send(request)
         except PsError as failure:
             error, pause = code_of(failure), failure.retry_after or 0.0
             refused = failure.retry_after is not None
-        ended = time.monotonic()
+        ended = self._clock.monotonic()
         if self._closed:
             self._offered.append(intended)
         kind = request.kind
@@ -197,11 +230,11 @@ class Run:
 class Totals:
     """Sums of a run, without its warm-up.
 
-    first, end  monotonic seconds between which requests count
+    first  monotonic seconds; requests that were due earlier do not count
     """
 
-    def __init__(self, first: float, end: float) -> None:
-        self._first, self._end = first, end
+    def __init__(self, first: float) -> None:
+        self._first = first
         self._latency: dict[str, Latencies] = {}  # by kind, from the intended start
         self._service = Latencies()  # from the actual start
         self._lag = Latencies()  # how late free threads started their requests
@@ -210,16 +243,19 @@ class Totals:
             name: 0 for name in ("offered", "ok", "sent", "keys", "bytes", "refused", "waited")
         }
 
-    def add(self, sent: list[Sent], offered: list[float]) -> None:
-        """Add requests that have ended, and the intended starts of requests that were taken."""
+    def add(self, sent: list[Sent], offered: list[float], end: float) -> None:
+        """Add requests that have ended, and the intended starts of requests that were taken.
+
+        end  monotonic seconds; requests that were due later do not count
+        """
         counts = self._counts
-        counts["offered"] += sum(self._first <= each < self._end for each in offered)
+        counts["offered"] += sum(self._first <= each < end for each in offered)
         for each in sent:
-            if not each.error and self._first <= each.ended < self._end:
+            if not each.error and self._first <= each.ended < end:
                 counts["ok"] += 1
                 counts["keys"] += each.keys
                 counts["bytes"] += each.bytes
-        counted = [each for each in sent if self._first <= each.intended < self._end]
+        counted = [each for each in sent if self._first <= each.intended < end]
         counts["sent"] += len(counted)
         counts["refused"] += sum(each.refused for each in counted)
         counts["waited"] += sum(each.waited for each in counted)
@@ -264,9 +300,22 @@ def connect(task: dict[str, Any], plan: Plan, count: int) -> list[Client]:
     for _ in range(count):
         client = Client(task["addresses"], **options)
         client._dims.update(dict.fromkeys(plan.names, plan.dim))
-        client.pull({name: np.arange(8) for name in plan.names})  # connects, loads the kernels
+        _pull_once(client, plan)
         clients.append(client)
     return clients
+
+
+def _pull_once(client: Client, plan: Plan) -> None:
+    """Connect a client and load its kernels; repeat the pull if a server refuses it for now."""
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            client.pull({name: np.arange(8) for name in plan.names})
+            return
+        except ResourceExhausted as error:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(max(error.retry_after or 0.0, 0.1))
 
 
 def main() -> None:
@@ -275,7 +324,7 @@ def main() -> None:
     Its task is {"plan": Plan.as_json(); "process": its number; "clients": how many it has;
     "threads": most requests in flight; "addresses", "options": arguments of Client}.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only during a run, it means anything
     sys.setswitchinterval(SWITCH_SECONDS)
     task = json.loads(sys.stdin.readline())
     plan, process = plan_of(task["plan"]), task["process"]
@@ -288,7 +337,9 @@ def main() -> None:
     write({"ready": True})
     for line in sys.stdin:
         run = Run(json.loads(line), senders, task["threads"], mix, plan.seed * 1000 + process)
+        signal.signal(signal.SIGINT, lambda *_, run=run: run.stop())
         run.run()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     for client in clients:
         client.close()
 

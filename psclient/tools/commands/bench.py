@@ -16,6 +16,7 @@ from psclient.tools.bench.plan import MIXES, Plan
 from psclient.tools.bench.report import report
 from psclient.tools.bench.trial import Objective, Runner, Times, Trial
 from psclient.tools.bench.words import doubts, facts, verdict
+from psclient.tools.commands.exits import Exit
 from psclient.tools.commands.progress import bar
 from psclient.tools.commands.shell import Session, command
 from psclient.tools.staged import staged_file
@@ -119,7 +120,8 @@ def bench(
 
     Creates tables of its own, fills them, and drops them at the end. Latency counts from the moment
     at which a request was due, so that a stall of the server is seen whole. Do not run it against a
-    cluster that others use: it takes what the cluster can carry.
+    cluster that others use: it takes what the cluster can carry. Ctrl-C ends the test early; the
+    report then has what was measured until then.
     """
     values = dict(
         mix=mix,
@@ -170,7 +172,11 @@ def bench(
             trial = runner.sweep(rate) if sweep else runner.single(rate)
         if page is not None:
             page.write_text(report(trial), encoding="utf-8")
+    for name, why in fleet.left.items():
+        session.note(f"table {name!r} was not dropped, drop it with psctl drop: {why}")
     session.show(trial.as_json(), lambda: _print(trial))
+    if trial.interrupted:
+        raise typer.Exit(Exit.INTERRUPTED)
 
 
 def _print(trial: Trial) -> None:

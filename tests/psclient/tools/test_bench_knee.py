@@ -133,6 +133,7 @@ def test_a_higher_rate_that_passes_by_luck_is_not_the_knee() -> None:
         (point(1000, achieved=0.968), "only 968 of 1,000 requests per second were answered"),
         (point(10, achieved=0.9), ""),  # 5 of 50 requests: they may be in flight at the end
         (point(100, failed=0.002), "0.2 % of the requests failed"),
+        (replace(point(100, failed=0.2), refused=0.2), "20 % of the requests were refused"),
         (point(1, achieved=0.0), "no request succeeded"),
     ],
 )
@@ -180,7 +181,6 @@ def test_shards_for_a_rate_are_the_fewest_that_carry_it() -> None:
 
 def test_sentences_name_what_to_do() -> None:
     said = " ".join(sentences(sizing(Cost(100e-6, 0.8e-6)), wanted=1000))
-    assert "2 shards carry 400 requests per second" in said
     assert "500 us of processor time: 100 us for its messages and 400 us for its 500 keys" in said
     assert "twice as many shards carry about 667 requests" in said
     assert "no number of shards carries more than 2,000" in said

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from psclient.tools.bench.knee import Point, knee_of
+from psclient.tools.bench.knee import Knee, Point, knee_of
 from psclient.tools.bench.latencies import Latencies
 from psclient.tools.bench.live import Board
 from psclient.tools.bench.plan import Plan
@@ -39,7 +39,15 @@ def latencies(count: int, scale: float = 0.002, seed: int = 0) -> Latencies:
 def second(number: int, ok: int = 400, failed: int = 0) -> Second:
     errors = {"OVERLOADED": failed} if failed else {}
     return Second(
-        number, 1.0, ok + failed, ok, 1000 * ok, 10**6, errors, latencies(ok, seed=number)
+        second=number,
+        seconds=1.0,
+        offered=ok + failed,
+        ok=ok,
+        refused=failed,
+        keys=1000 * ok,
+        bytes=10**6,
+        errors=errors,
+        latency=latencies(ok, seed=number),
     )
 
 
@@ -52,12 +60,12 @@ def a_result(**changes: Any) -> Result:
         "achieved": 399.0,
         "keys": 399_000.0,
         "bytes": 34.5e6,
-        "refused": 7,
+        "refused": 1,
         "waited": 3,
         "latency": latencies(2000),
         "service": latencies(2000, 0.0015),
         "kinds": {"pull": latencies(1900), "push": latencies(100, 0.004)},
-        "errors": {EVIL: latencies(7, 0.0001)},
+        "errors": {EVIL: latencies(1, 0.0001)},
         "lag": latencies(2000, 0.0001),
         "cores": [0.25, 0.5],
         "series": [second(number, failed=number == 3) for number in range(6)],
@@ -78,6 +86,11 @@ POINTS = [
     point(400, 0.01, 399),
     point(600, 0.3, 512),
 ]
+
+
+def knee(**changes: Any) -> Knee:
+    """A sweep whose points differ from POINTS in these fields."""
+    return knee_of([replace(each, **changes) for each in POINTS], p99=0.02)
 
 
 def a_trial(*, sweep: bool = True, **changes: Any) -> Trial:
@@ -115,7 +128,13 @@ class Page(HTMLParser):
 def pages() -> dict[str, str]:
     closed = a_result(rate=0.0)
     nothing = a_result(
-        latency=Latencies(), service=Latencies(), kinds={}, errors={}, series=[], achieved=0.0
+        latency=Latencies(),
+        service=Latencies(),
+        kinds={},
+        errors={},
+        refused=0,
+        series=[],
+        achieved=0.0,
     )
     none = knee_of([point(100, 1.0, 100)], p99=0.02)
     return {
@@ -178,7 +197,7 @@ def test_the_verdict_says_what_a_sweep_found() -> None:
     assert "The knee is at 400 requests per second" in said
     assert "At 600, only 512 of 600 requests per second were answered" in said
     assert "The recommended rate is 70 % of it, 280" in said
-    assert "2 shards carry 280 requests per second" in said
+    assert said.startswith("Plan with at most 280 requests per second for these 2 shards")
     assert not doubts(a_trial())
 
 
@@ -189,7 +208,15 @@ def test_the_verdict_says_what_a_sweep_found() -> None:
         ({"result": a_result(lag=latencies(2000, 0.02))}, "late although the load generator had"),
         ({"result": a_result(waited=500)}, "25 % of the requests waited because as many as"),
         ({"busy": 0.99}, "the load generator's machine were 99 % busy"),
-        ({"uses": [ShardUse(0.2, 0.1)]}, "the busiest shard used only about 0.20 cores"),
+        ({"knee": knee(shard=0.2)}, "the busiest shard used only 0.20 cores"),
+        (
+            {"knee": knee(doubts=("the network is slow",))},
+            "at 600 requests per second, the network",
+        ),
+        (
+            {"result": a_result(latency=latencies(2000, 0.1))},
+            "the run at the recommended rate failed",
+        ),
     ],
 )
 def test_limits_of_the_load_generator_do_not_pass_unnoticed(
@@ -199,6 +226,16 @@ def test_limits_of_the_load_generator_do_not_pass_unnoticed(
     [found] = doubts(trial)
     assert doubt in found
     assert found in Page(report(trial)).text
+
+
+def test_a_test_that_ctrl_c_ended_says_so_and_promises_nothing() -> None:
+    for trial in (a_trial(interrupted=True), a_trial(sweep=False, interrupted=True)):
+        said = verdict(trial)
+        assert said[0].startswith("The test was interrupted")
+        assert not any("shards carry" in each for each in said)
+        assert trial.sizing is None
+        assert not doubts(trial)
+        assert said[0] in Page(report(trial)).text
 
 
 # ---- axes
@@ -236,7 +273,7 @@ def test_the_terminal_shows_all_runs() -> None:
         assert words in shown.getvalue()
     assert [each.split(":")[0] for each in notes] == ["closed loop", "sweep 400/s"]
     assert "offered/s 405, achieved/s 400" in notes[1]
-    assert "failed 10" in notes[1]
+    assert "refused 10, failed 0" in notes[1]
 
 
 # ---- a browser
