@@ -6,12 +6,17 @@ const STALE = 4; // seconds after which a shard's figures are called old
 
 // ---- numbers as text
 
+function digits(value, number) {
+  const text = value.toPrecision(number);
+  return text.includes("e") ? String(Number(text)) : text; // 99.9 with two digits is "1.0e+2"
+}
+
 function count(value) {
   if (value === null || !isFinite(value)) return "–";
   const abs = Math.abs(value);
-  if (abs >= 1e12) return `${(value / 1e12).toPrecision(3)} T`;
-  if (abs >= 1e9) return `${(value / 1e9).toPrecision(3)} G`;
-  if (abs >= 1e6) return `${(value / 1e6).toPrecision(3)} M`;
+  if (abs >= 1e12) return `${digits(value / 1e12, 3)} T`;
+  if (abs >= 1e9) return `${digits(value / 1e9, 3)} G`;
+  if (abs >= 1e6) return `${digits(value / 1e6, 3)} M`;
   if (abs >= 1e4) return Math.round(value).toLocaleString("en");
   if (abs >= 100 || Number.isInteger(value)) return Math.round(value).toLocaleString("en");
   return abs >= 10 ? value.toFixed(1) : value.toFixed(2);
@@ -22,7 +27,7 @@ function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
   let at = 0;
   while (value >= 1024 && at < units.length - 1) { value /= 1024; at += 1; }
-  return `${at === 0 || value >= 100 ? Math.round(value) : value.toPrecision(3)} ${units[at]}`;
+  return `${at === 0 || value >= 100 ? Math.round(value) : digits(value, 3)} ${units[at]}`;
 }
 
 function duration(seconds) {
@@ -38,8 +43,8 @@ function milliseconds(seconds) {
   if (seconds === null) return "–";
   if (seconds === Infinity) return "> 5 s";
   const value = seconds * 1000;
-  if (value >= 1000) return `${seconds.toPrecision(2)} s`;
-  return `${value >= 100 ? Math.round(value) : value.toPrecision(2)} ms`;
+  if (value >= 1000) return `${digits(seconds, 2)} s`;
+  return `${value >= 100 ? Math.round(value) : digits(value, 2)} ms`;
 }
 
 function percent(share) {

@@ -181,6 +181,7 @@ function showMethods(live) {
     ] };
   }).filter((row) => row.all);
   fill("methods", [["method", "head"], ["requests/s"], ["keys/s"], ["arrays"], ["p50"], ["p90"], ["p99"], ["since the start"]], rows);
+  setText(element("no-requests"), rows.length ? "" : "No request has arrived since the shards started.");
 }
 
 function showTables(live) {

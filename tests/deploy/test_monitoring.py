@@ -34,6 +34,7 @@ ON_A_GPU = {f"ps_gpu_{each}" for each in ("bytes", "budget_bytes", "paused")} | 
 WORDS = {
     *("and", "or", "unless", "by", "on", "group_left", "sum", "group", "rate", "increase"),
     *("histogram_quantile", "quantile", "last_over_time", "max", "time", "count", "min"),
+    "clamp_min",
 }
 
 
@@ -191,6 +192,25 @@ def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     file = tmp_path / "queries.yaml"
     file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
     run([promtool, "check", "rules", file])
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_promtool_accepts_the_configuration_of_the_page(tmp_path: Path, token: bool) -> None:
+    promtool = program("promtool", in_ci=False)
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (credentials,) = re.findall(r"`authorization: \{credentials_file: (PATH)\}`", page)
+    (configuration,) = parse(text)
+    (job,) = configuration["scrape_configs"]
+    assert {each["labels"]["shard"] for each in job["static_configs"]} == {"0", "1"}
+    if token:
+        (tmp_path / credentials).write_text("token")
+        job["authorization"] = {"credentials_file": credentials}
+    rules = [sys.executable, "-m", "deploy.components.monitoring.alerts", "--plain"]
+    written = subprocess.run(rules, cwd=ROOT, check=True, capture_output=True).stdout
+    (tmp_path / "rules.yaml").write_bytes(written)
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
+    run([promtool, "check", "config", tmp_path / "prometheus.yaml"])
 
 
 def test_every_alert_names_a_section_of_the_runbook() -> None:

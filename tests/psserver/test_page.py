@@ -171,6 +171,17 @@ def test_every_form_is_readable_and_accessible(visit: Any, scheme: str, width: i
     assert (seen.complaints, seen.foreign) == ([], [])
 
 
+def test_axe_finds_what_is_wrong(visit: Any) -> None:
+    """So the test above can fail."""
+    with cluster(busy(0)) as port:
+        seen = visit(port)
+        seen.wait("#methods td", "Exchange")
+        seen.page.evaluate("document.querySelector('footer a').style.color = '#ddd'")
+        seen.page.evaluate("document.documentElement.removeAttribute('lang')")
+        found = {each["id"] for each in axe.Axe().run(seen.page).response["violations"]}
+    assert found == {"color-contrast", "html-has-lang"}
+
+
 class TestLive:
     def test_rates_and_percentiles_are_those_of_the_last_seconds(self, visit: Any) -> None:
         with cluster(busy(0), busy(1), busy(2)) as port:
@@ -210,6 +221,19 @@ class TestLive:
                 }"""
             )
         assert rates == [None, 10, None, 4]
+
+    def test_numbers_are_rounded_to_plain_digits(self, visit: Any) -> None:
+        with cluster(busy(0)) as port:
+            seen = visit(port)
+            for code, expected in [
+                ("milliseconds(0.0994)", "99 ms"),
+                ("milliseconds(0.0999)", "100 ms"),
+                ("milliseconds(0.00996)", "10 ms"),
+                ("milliseconds(99.9)", "100 s"),
+                ("count(999999999)", "1000 M"),
+                ("bytes(1024 * 99.99)", "100 KiB"),
+            ]:
+                assert seen.page.evaluate(code) == expected
 
     def test_a_percentile_is_found_in_its_bucket(self, visit: Any) -> None:
         with cluster(busy(0)) as port:

@@ -93,7 +93,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             "Changes that are not durable",
             "short",
             "Versions (changes of a shard) that are not synced to disk yet.",
-            {SHARD: f"{of('ps_version')} - {of('ps_log_durable_version')}"},
+            {SHARD: f"clamp_min({of('ps_version')} - {of('ps_log_durable_version')}, 0)"},
         ),
         Panel(
             "Lag of the slowest subscriber",
@@ -240,6 +240,18 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
             "bytes",
             "Bytes of requests and replies in the memory of a shard.",
             {SHARD: of("ps_inflight_bytes")},
+        ),
+        Panel(
+            "Requests that wait for their turn",
+            "short",
+            "Number of requests for rows that wait, because more arrive than the shard can serve.",
+            {SHARD: of("ps_requests_waiting")},
+        ),
+        Panel(
+            "Time spent waiting for a turn",
+            "short",
+            "Seconds per second, all requests together: the mean number of requests that wait.",
+            {SHARD: rate("ps_request_queue_seconds_sum", "shard")},
         ),
         Panel(
             "Open files",
