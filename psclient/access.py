@@ -37,7 +37,7 @@ OPTIONS: Options = (
     *keepalive.client_options(),
     ("grpc.use_local_subchannel_pool", 1),  # else a forked child reuses its parent's connections
 )
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{1,8192}")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{1,4096}")
 
 
 class Security(TypedDict, total=False):
@@ -216,6 +216,6 @@ def _checked_token(path: Path, data: bytes) -> str:
     token = data.decode("latin-1").strip()
     if not _TOKEN.fullmatch(token):
         raise InvalidArgument(
-            f"token_file: {path} must have one token of 1 to 8192 letters, digits or . _ ~ + / = -"
+            f"token_file: {path} must have one token of 1 to 4096 letters, digits or . _ ~ + / = -"
         )
     return token

@@ -23,7 +23,7 @@ import grpc
 import numba
 from numba.core import config as numba_config
 
-from psproto import RELEASE, cpu, kernelcache, routing
+from psproto import RELEASE, certfiles, cpu, kernelcache, routing
 from psproto.kernelcache import KernelCache
 from psserver.addresses import is_loopback
 from psserver.config import ServerConfig
@@ -47,7 +47,6 @@ SLOW_SYNC, STUCK_SYNC = 0.05, 1.0  # seconds of a sync that are a warning, and a
 SLOW_NAME = 0.5  # seconds of a look-up of a name that are a warning
 LITTLE = 0.1  # part of the disk; a warning if less is free
 TIME_ERROR = 5  # result of adjtimex: the clock is not synchronized
-FEW_DAYS = 3  # days until a certificate expires that are a warning
 RENEW = "renew the certificate; the server reads the new files without a restart"
 WARM = "run psserver warm in the image, or as the server's user, with the same NUMBA_ variables"
 
@@ -265,7 +264,7 @@ def _tls(config: ServerConfig) -> Finding:
         return Finding("TLS", "error", f"tls_certificate: {problem}", RENEW)
     days = (loaded.not_after - time.time()) / 86_400
     found = f"the certificate is for {', '.join(loaded.names)}, and valid for {days:.1f} days"
-    if days < FEW_DAYS:
+    if days < certfiles.FEW_DAYS:
         return Finding("TLS", "warning", found, RENEW)
     return Finding("TLS", "ok", found)
 

@@ -19,7 +19,7 @@ import structlog
 
 from psproto import cudaipc, lanes
 from psproto import ps_pb2 as pb
-from psserver.errors import BadRequest, Refused
+from psserver.errors import BadRequest, Refused, Unauthenticated
 from psserver.laneconnection import PIECE, Connection
 from psserver.limits import Limits
 from psserver.regions import Regions
@@ -75,6 +75,7 @@ class Lanes:
         """
         token = self._tokens.get(proof)
         if token is None:
+            self._forget_revoked()
             token = self._tokens[proof] = secrets.token_bytes(16)
             self._proofs[token] = proof
         return pb.Lane(path=self._offer.path, token=token, gpu=self._offer.gpu)
@@ -92,7 +93,20 @@ class Lanes:
                 "the first message must have the token of the lane that GetServerInfo returns; the"
                 " server there may be a different one",
             )
-        return self._guard.of_lane(proof, f"unix:{self.path}")
+        try:
+            return self._guard.of_lane(proof, f"unix:{self.path}")
+        except Unauthenticated:
+            self._forget(proof)
+            raise
+
+    def _forget_revoked(self) -> None:
+        """Forget the tokens of credentials that the policy no longer accepts."""
+        for proof in [each for each in self._tokens if not self._guard.knows(each)]:
+            self._forget(proof)
+
+    def _forget(self, proof: Proof) -> None:
+        """Forget the token of one credential, so that it opens no connection any more."""
+        self._proofs.pop(self._tokens.pop(proof, b""), None)
 
     @property
     def clients(self) -> int:

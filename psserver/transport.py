@@ -1,7 +1,7 @@
-"""Set the gRPC options that limit the memory for messages in gRPC's own buffers.
+"""Set the gRPC options that limit what clients can occupy: connections, and gRPC's own buffers.
 
-These are messages that gRPC has received, but not yet passed to the service. memory.py computes the
-size of this memory.
+The buffers have messages that gRPC has received, but not yet passed to the service. memory.py
+computes the size of this memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from psserver.config import ServerConfig
 SLACK = 64 << 10  # the service, not gRPC, refuses messages that exceed the limit by at most this
 WINDOW = 4 << 20  # bytes that a client may send on a stream before the service reads them
 STREAMS = 128  # calls in progress on one connection; a client's gRPC lets further ones wait
+HANDSHAKE_SECONDS = 10.0  # maximum time for a new connection to begin to speak HTTP/2
 PENDING = 1 << 14  # maximum number of calls that wait to begin; gRPC cancels further ones
 
 
@@ -23,6 +24,8 @@ def options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW),
         ("grpc.max_concurrent_streams", STREAMS),
+        # silent connections count to max_connections
+        ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
         # otherwise gRPC ends calls that a client began before it knew the limit
         ("grpc.http.overload_protection", 0),
         ("grpc.server.max_pending_requests", PENDING),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+FEW_DAYS = 14  # days until a certificate expires that are a warning, as in the alerts
 TRIES = 5  # how often to read files that change meanwhile
 
 Signature = tuple[tuple[str, int, int, int], ...]

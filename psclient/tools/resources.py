@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from psclient.tools.figures import size
 from psproto import ps_pb2 as pb
+from psproto.certfiles import FEW_DAYS
 
 FULL = 0.9  # used part of a limit that is a warning
 LAG_SECONDS = 60.0  # age of a change that a subscriber has not received
 FLUSH_SECONDS = 900.0  # age of the last flush
-CERTIFICATE_SECONDS = 14 * 86_400.0  # time until the certificate expires
+CERTIFICATE_SECONDS = FEW_DAYS * 86_400.0  # time until the certificate expires
 SPACE = "free space, or enlarge it: docs/runbook.md, full disk"
 ADVICE = {  # by name of the limit; a limit that is not here may be used up
     "max_inflight_bytes": "send less at once, or raise max_inflight_bytes",

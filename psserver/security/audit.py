@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -91,6 +92,7 @@ class Audit:
         self._clock = clock
         self._fd = -1
         self._file = (0, 0)  # device and inode of the open file
+        self._torn = False  # whether the file ends in the middle of a line
         self._quotas: dict[str, _Quota] = {}
         self._thread = Pool("audit", 1)
         if path is not None:
@@ -194,7 +196,12 @@ class Audit:
             moved = True
         if moved:
             self._open()
-        if os.write(self._fd, line) != len(line):
+        if self._torn:
+            line = b"\n" + line
+        written = os.write(self._fd, line)
+        if written > 0:
+            self._torn = written != len(line)
+        if written != len(line):
             raise OSError(f"{self._path}: only a part of a line was written")
 
     def _open(self) -> None:
@@ -205,6 +212,17 @@ class Audit:
             os.close(self._fd)
         found = os.fstat(fd)
         self._fd, self._file = fd, (found.st_dev, found.st_ino)
+        self._torn = stat.S_ISREG(found.st_mode) and found.st_size > 0 and _is_torn(self._path)
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether a file ends in the middle of a line: the disk was full, or a server died."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:  # this account may only append
+        return False
 
 
 def _short(value: Any) -> Any:

@@ -48,14 +48,17 @@ Decode = Callable[[Any, int], tuple[Any, "codec.Exchange | Exception"]]
 
 
 class Proof(NamedTuple):
-    """A valid credential: the SHA-256 of a token, or the name in a certificate; the other is empty.
+    """A valid credential: the SHA-256 of a token, or a client certificate; the other is empty.
 
-    shown  the credential in the audit log
+    certificate  name in the certificate by which the principal was found
+    shown        the credential in the audit log
+    names        all names in the certificate
     """
 
     digest: bytes
     certificate: str
     shown: str
+    names: tuple[str, ...] = ()
 
 
 NOBODY = Proof(b"", "", "")
@@ -319,6 +322,10 @@ class Guard:
             raise Unauthenticated("the credential with which the client got the lane was revoked")
         return Actor(self, method, peer, principal, proof, self._budgets.get(principal.name))
 
+    def knows(self, proof: Proof) -> bool:
+        """Return whether the present policy accepts a credential; without a policy, all are."""
+        return self._policy is None or _principal_of(self._policy, proof) is not None
+
     def denied(self, actor: Actor, verb: str, table: str) -> PermissionDenied:
         """Count and record a refused attempt; return its error. Any thread may call this."""
         self._refuse(actor, "PERMISSION_DENIED", verb, table)
@@ -360,7 +367,7 @@ def _authenticate(policy: Policy, context: Context) -> tuple[Proof, Principal]:
             "the names in the client certificate must belong to exactly one principal of the"
             f" policy, got {', '.join(names)[:512]}"
         )
-    return Proof(b"", found[0], found[0]), found[1]
+    return Proof(b"", found[0], found[0], tuple(names)), found[1]
 
 
 def _token_proof(values: Sequence[str | bytes]) -> Proof:
@@ -393,7 +400,7 @@ def _principal_of(policy: Policy, proof: Proof) -> Principal | None:
     """Return the principal whose credential ``proof`` is, by a newer policy."""
     if proof.digest:
         return policy.of_token(proof.digest)
-    found = policy.of_certificate((proof.certificate,))
+    found = policy.of_certificate(proof.names or (proof.certificate,))
     return None if found is None else found[1]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 from psserver.unusable import ConfigError
 
 LOOK_SECONDS = 1.0  # maximum age of the token in use
-MOST_BYTES = 4096  # maximum size of the file
+MOST_BYTES = 4096  # maximum size of the token
+_TOKEN = re.compile(rb"[!-~]+")  # what a field of HTTP can have without quotes
 CHALLENGE = ("WWW-Authenticate", 'Basic realm="psserver", charset="UTF-8"')
 
 
@@ -25,11 +27,11 @@ class HttpToken:
     """The token of the HTTP port. Must be used on one thread.
 
     path   file with the token; spaces and newlines around it are ignored. It is read again when a
-           request comes, at most every LOOK_SECONDS. If it cannot be read or is empty, the last
-           token stays valid
+           request comes, at most every LOOK_SECONDS. If it cannot be read, or does not have one
+           token of at most MOST_BYTES printable ASCII characters, the last token stays valid
     clock  returns monotonic seconds
 
-    Raises ConfigError if there is no token at the start.
+    Raises ConfigError if the file has no valid token at the start.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,6 +44,11 @@ class HttpToken:
             raise ConfigError(f"http_token_file: {path}: {error}") from error
         if not self._token:
             raise ConfigError(f"http_token_file: {path} is empty: write a random token to it")
+        if not _valid(self._token):
+            raise ConfigError(
+                f"http_token_file: {path} must have one token of at most {MOST_BYTES} printable"
+                " ASCII characters, without spaces or newlines inside"
+            )
 
     @property
     def header(self) -> str:
@@ -72,10 +79,17 @@ class HttpToken:
         if now - self._read_at >= LOOK_SECONDS:
             self._read_at = now
             try:
-                self._token = self._read() or self._token
+                token = self._read()
             except OSError:
                 return
+            if _valid(token):
+                self._token = token
 
     def _read(self) -> bytes:
         with self._path.open("rb") as file:
-            return file.read(MOST_BYTES).strip()
+            return file.read(2 * MOST_BYTES).strip()
+
+
+def _valid(token: bytes) -> bool:
+    """Return whether a token fits into one field of HTTP."""
+    return len(token) <= MOST_BYTES and _TOKEN.fullmatch(token) is not None

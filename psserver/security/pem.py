@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from psserver.unusable import ConfigError
@@ -30,11 +31,14 @@ def is_key_of(where: str, data: bytes, certificate: x509.Certificate) -> bool:
     """
     try:
         private = load_pem_private_key(data, None)
-    except (ValueError, TypeError) as error:  # TypeError: it needs a password
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it needs a password
         raise ConfigError(
             f"{where} must have one private key in PEM without a password: {error}"
         ) from error
-    return private.public_key() == certificate.public_key()
+    try:
+        return private.public_key() == certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):  # the certificate has a different kind of key
+        return False
 
 
 def begin(certificate: x509.Certificate) -> float:

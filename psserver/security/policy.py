@@ -168,6 +168,8 @@ def parse(data: bytes) -> Policy:
         raise ConfigError(f"a policy may have {MOST_BYTES} bytes, got {len(data)}")
     try:
         document = _Document.model_validate(tomllib.loads(data.decode()), strict=False)
+    except RecursionError:
+        raise ConfigError("not a TOML file: its lists or tables are nested too deeply") from None
     except ValidationError as error:
         problems = [_explain(item) for item in error.errors(include_url=False)]
         raise ConfigError("; ".join(problems[:5])) from None

@@ -75,6 +75,9 @@ class PolicyFile:
         except (OSError, ConfigError) as error:
             self._report(str(error))
             return
+        except Exception as error:  # else the thread would end, and nothing be revoked any more
+            self._report(f"cannot be read: {type(error).__name__}")
+            return
         self._problem = ""
         if policy is None:  # the file is again what is in force
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -232,6 +233,27 @@ def test_a_full_disk_loses_records_but_no_calls(capsys: pytest.CaptureFixture[st
     audit.close()
     assert (audit.lines, audit.failed) == (0, 1)
     assert "audit record lost" in capsys.readouterr().out
+
+
+def test_half_a_line_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up, or a server that dies, may leave the beginning of a record."""
+    path, write = tmp_path / "audit.jsonl", os.write
+    audit = Audit(path, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
+        record(audit, "a")
+    record(audit, "b")
+    record(audit, "c")
+    audit.close()
+    with path.open("a") as file:
+        file.write('{"time": "20')
+    again = Audit(path, 0)
+    record(again, "d")
+    again.close()
+    half, b, c, dead, d = path.read_text().splitlines()
+    assert (half[:8], dead) == ('{"time":', '{"time": "20')
+    assert [json.loads(each)["tables"] for each in (b, c, d)] == [["b"], ["c"], ["d"]]
+    assert (audit.lines, audit.failed) == (2, 1)
 
 
 def test_a_file_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:

@@ -220,13 +220,13 @@ def test_certificates_that_are_missing_wrong_or_expire_soon(tmp_path: Path) -> N
     assert found("TLS", "--host", "0.0.0.0", "--plaintext").state == "warning"  # noqa: S104
     one = found("TLS", *mount.flags)
     assert (one.state, "tls_certificate: cannot read" in one.found) == ("error", True)
-    mount.put(ca.pem, ca.server("ps.test", **dates(-HOUR, 240 * HOUR)))
+    mount.put(ca.pem, ca.server("ps.test", **dates(-HOUR, 360 * HOUR)))
     one = found("TLS", *mount.flags)
     assert (one.state, one.found) == (
         "ok",
-        "the certificate is for ps.test, and valid for 10.0 days",
+        "the certificate is for ps.test, and valid for 15.0 days",
     )
-    mount.put(ca.pem, ca.server(**dates(-HOUR, 48 * HOUR)))
+    mount.put(ca.pem, ca.server(**dates(-HOUR, 13 * 24 * HOUR)))
     assert found("TLS", *mount.flags).state == "warning"
     mount.put(ca.pem, ca.server(**expired()))
     assert found("TLS", *mount.flags).state == "error"

@@ -10,9 +10,9 @@ import pytest
 from secured import digest, exchange, section, streamed
 
 from psproto import codec
-from psserver.errors import PermissionDenied
+from psserver.errors import PermissionDenied, Unauthenticated
 from psserver.security.guard import Actor, Guard, Proof
-from psserver.security.policy import parse
+from psserver.security.policy import Policy, parse
 from psserver.security.policyfile import PolicyFile
 from psserver.security.verbs import PATHS
 
@@ -74,3 +74,24 @@ def test_a_policy_that_changes_during_a_check_counts(guard: Guard, actor: Actor)
         actor.require_right("push", "t1")
     assert "t1" not in actor._known["push"]
     assert guard.refused["PERMISSION_DENIED"] == 1
+
+
+def test_a_certificate_with_names_of_two_principals_ends_streams_too() -> None:
+    """New calls with such a certificate are refused, so an open stream must not go on."""
+
+    def policy(*names: str) -> Policy:
+        grants = 'grants = [{ verbs = ["pull", "push"], tables = ["*"] }]\n'
+        return parse(
+            "".join(
+                f'[principals.p{at}]\ncertificates = ["{name}"]\n{grants}'
+                for at, name in enumerate(names)
+            ).encode()
+        )
+
+    first = policy("cn:a")
+    proof = Proof(b"", "cn:a", "cn:a", ("dns:b", "cn:a"))
+    actor = Actor(Guard(), PATHS["Stream"], "peer", first.principals["p0"], proof)
+    actor.renew(policy("cn:a", "dns:other"))
+    assert actor.revoked is None
+    actor.renew(policy("cn:a", "dns:b"))
+    assert isinstance(actor.revoked, Unauthenticated)

@@ -67,6 +67,17 @@ def test_shards_send_it_to_each_other(file: Path) -> None:
         assert [each["problem"] for each in shards] == ["", ""]
 
 
+@pytest.mark.parametrize("text", ["two words", "a\r\nX-Other: b", "\u00e4", "\x00", "x" * 4097])
+def test_a_token_that_no_field_can_have_is_refused(file: Path, text: str) -> None:
+    now = [0.0]
+    token = HttpToken(file, lambda: now[0])
+    file.write_bytes(text.encode())
+    now[0] += 1.01
+    assert token.header == f"Bearer {WORD}"
+    with pytest.raises(ConfigError, match=r"http_token_file: .* must have one token of at most"):
+        HttpToken(file)
+
+
 def test_a_new_token_is_used_after_a_second(file: Path) -> None:
     now = [0.0]
     token = HttpToken(file, lambda: now[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from psserver.security import policyfile
 from psserver.security.policy import KEPT, MOST_BYTES, Policy, parse
 from psserver.security.policyfile import PolicyFile
 from psserver.security.verbs import ANY, SHARD_VERBS, TABLE_VERBS, VERBS
@@ -149,6 +150,7 @@ BAD = [
         '[principals.a]\ncertificates=["cn:x"]\n[principals.b]\ncertificates=["cn:x"]',
         "principals.b.certificates[0]: principal a has the same one",
     ),
+    ("x = " + "[" * 100_000, "nested too deeply"),
     ("#" * (MOST_BYTES + 1), f"may have {MOST_BYTES} bytes"),
 ]
 
@@ -206,6 +208,25 @@ class TestFile:
         file.write_text("[principals.other]")
         watched.look(taken.append)
         assert len(taken) == 1
+
+    @pytest.mark.parametrize("error", [RuntimeError("secret"), RecursionError(), MemoryError()])
+    def test_an_unexpected_error_does_not_end_the_thread(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        file, taken = tmp_path / "policy.toml", list[Policy]()
+        file.write_text(GRANTED)
+        watched = PolicyFile(file)
+
+        def fail(data: bytes) -> Policy:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(policyfile, "parse", fail)
+            file.write_text("[principals.bad]")
+            watched.look(taken.append)
+        assert (watched.valid, watched.failed, taken) == (False, 1, [])
+        watched.look(taken.append)
+        assert (watched.valid, [list(each.principals) for each in taken]) == (True, [["bad"]])
 
     def test_a_secret_is_followed_through_its_links(self, tmp_path: Path) -> None:
         """Kubernetes replaces the link ``..data``, and never the file."""

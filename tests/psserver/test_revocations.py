@@ -208,3 +208,18 @@ class TestLane:
             reply = lane.ask(pb.LaneRequest(id=1, token=offer.token))
             assert reason(reply) == "UNAUTHENTICATED"
             assert lane.receive() is None
+        server.change(OPS + section("trainer", (["pull"], ["t"])))
+        with RawLane(offer.path) as lane:  # it was forgotten
+            assert reason(lane.ask(pb.LaneRequest(id=1, token=offer.token))) == "LANE_REFUSED"
+        assert self.offer(channel, "trainer").token != offer.token
+
+    def test_tokens_of_revoked_credentials_are_forgotten(
+        self, server: Secured, channel: grpc.Channel
+    ) -> None:
+        lanes = server.server._lanes
+        assert lanes is not None
+        for number in range(5):
+            server.change(OPS + section(f"job-{number}", (["pull"], ["t"])))
+            self.offer(channel, f"job-{number}")
+        self.offer(channel, "ops")
+        assert len(lanes._tokens) == len(lanes._proofs) <= 2

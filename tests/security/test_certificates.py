@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -88,6 +90,16 @@ def leaf(**options: Any) -> Any:
     return CA.server(**options)
 
 
+@functools.cache
+def unknown() -> tuple[bytes, bytes]:
+    """(key, certificate) of the curve SM2, which the package cryptography does not know."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:SM2 -nodes -subj /CN=sm2"
+    made = subprocess.run([*command.split(), "-keyout", "-"], capture_output=True, check=True)
+    end = b"-----END PRIVATE KEY-----\n"
+    pair, _, certificate = made.stdout.partition(end)
+    return pair + end, certificate
+
+
 BAD: dict[str, tuple[Callable[[Mount], None], str]] = {
     "no certificate": (
         lambda m: (m.path / "tls.crt").unlink(),
@@ -114,6 +126,14 @@ BAD: dict[str, tuple[Callable[[Mount], None], str]] = {
     "empty": (
         lambda m: m.put(b"", (b"", b"")),
         "tls_certificate: {}/tls.crt must have certificates in PEM: ",
+    ),
+    "key of an unknown kind": (
+        lambda m: m.put(CA.pem, (unknown()[0], chain(leaf()))),
+        "tls_key: {}/tls.key must have one private key in PEM without a password: ",
+    ),
+    "certificate of an unknown kind": (
+        lambda m: m.put(CA.pem, (key(leaf()), unknown()[1])),
+        "tls_key: {}/tls.key is not the key of the first certificate in {}/tls.crt",
     ),
     "another key": (
         lambda m: m.put(CA.pem, (key(leaf()), chain(leaf()))),
