@@ -43,14 +43,16 @@ class Caller(Protocol):
     accept  set by the stream if ``prompt``: may be called with a message while ``read`` waits
     via     how its requests arrive, for the statistics: "stream" or "shm"
     client  the connection, to which requests are counted
-    budget  budget of the client's principal; None: it has no limits
+    budget  budget of the client's principal, by the present policy; None: it has no limits
     """
 
     prompt: bool
     accept: Accept | None
     via: str
     client: Client
-    budget: Budget | None
+
+    @property
+    def budget(self) -> Budget | None: ...
 
     async def read(self) -> Any:
         """Wait for the next message and return it; None: the client ended the stream; SERVED."""

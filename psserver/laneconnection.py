@@ -48,7 +48,6 @@ class Connection:
     """
 
     prompt, via = True, "shm"
-    budget: Budget | None = None
     accept: Accept | None = None
 
     def __init__(
@@ -107,6 +106,10 @@ class Connection:
             self._sent.set_exception(Gone("the connection was closed"))
 
     # ---- as stream.py wants it
+
+    @property
+    def budget(self) -> Budget | None:
+        return None if self._actor is None else self._actor.budget
 
     async def read(self) -> Message | Served | None:
         while True:
@@ -183,7 +186,6 @@ class Connection:
         if self._actor is None:
             self._actor = self._actor_of(request.token)
             self._token = request.token
-            self.budget = self._actor.budget
             self._watching.enter_context(self._actor.watched())
         regions = [each for each in request.regions if each.kind != pb.LANE_KIND_CUDA]
         fds, self._fds = self._fds[: len(regions)], self._fds[len(regions) :]

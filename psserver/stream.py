@@ -25,6 +25,7 @@ from psserver.flow import NOTHING, SERVED, Accept, Caller, Flow, Head, Served
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
 from psserver.queued import Queued
+from psserver.security.budgets import Budget
 from psserver.security.guard import Actor
 from psserver.status import abort, status_of
 from psserver.turns import Client
@@ -52,11 +53,15 @@ class _Stream:
         self._peer = actor.peer
         self.client = client
         self._arrived = arrived
-        self.budget = actor.budget
+        self._actor = actor
         self.write = context.write
         self.size = len
         self.decode = actor.checking(codec.decode_stream_request)
         self.encode = codec.encode_stream_response
+
+    @property
+    def budget(self) -> Budget | None:
+        return self._actor.budget
 
     async def read(self) -> bytes | None:
         data: Any = await self._context.read()

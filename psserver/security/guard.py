@@ -217,6 +217,7 @@ class Actor:
             self._revoke(self._guard.denied(self, *lost))
         else:
             self._principal = principal
+            self.budget = self._guard.budget_of(principal)
 
     def _revoke(self, error: Refused) -> None:
         self.revoked = error
@@ -303,7 +304,7 @@ class Guard:
         except Unauthenticated:
             self._refuse(Actor(self, method, peer), "UNAUTHENTICATED", "", "")
             raise
-        actor = Actor(self, method, peer, principal, proof, self._budgets.get(principal.name))
+        actor = Actor(self, method, peer, principal, proof, self.budget_of(principal))
         if not _holds_any(principal, verbs):
             raise self.denied(actor, verbs[0], "")
         return actor
@@ -320,7 +321,11 @@ class Guard:
         if principal is None:
             self._refuse(Actor(self, method, peer), "UNAUTHENTICATED", "", "")
             raise Unauthenticated("the credential with which the client got the lane was revoked")
-        return Actor(self, method, peer, principal, proof, self._budgets.get(principal.name))
+        return Actor(self, method, peer, principal, proof, self.budget_of(principal))
+
+    def budget_of(self, principal: Principal) -> Budget | None:
+        """Return what counts the use of a principal; None: it has no limits."""
+        return self._budgets.get(principal.name)
 
     def knows(self, proof: Proof) -> bool:
         """Return whether the present policy accepts a credential; without a policy, all are."""

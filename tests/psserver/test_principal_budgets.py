@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
-from secured import Secured, section
+from secured import METHOD, Secured, bearer, outcome, requests, section, streamed
 from servers import eventually
 
 from psclient import Client
 from psclient.errors import PermissionDenied, ResourceExhausted, Unauthenticated
+from psproto import codec
+from psproto import ps_pb2 as pb
 from psserver.errors import BudgetExceeded
 from psserver.security.budgets import LONGEST, Budget, Limit
 
@@ -179,3 +183,32 @@ class TestClient:
         ):
             client.table("slow")
         assert time.monotonic() - began < 30
+
+
+def test_a_new_limit_holds_for_streams_that_are_open(server: Secured) -> None:
+    """Else a principal that floods the server could not be limited until it connects again."""
+    ops, rights = section("ops", (["*"], ["*"])), (["pull", "push"], ["*"])
+    server.change(ops + section("noisy", rights))
+    with grpc.insecure_channel(server.address) as channel:
+        created = outcome(
+            channel, METHOD["CreateTable"], requests("open")["CreateTable"], bearer("ops")
+        )
+        assert created == "OK"
+        sent: queue.Queue[bytes | None] = queue.Queue()
+        replies = channel.stream_stream(METHOD["Stream"].path)(
+            iter(sent.get, None), metadata=bearer("noisy"), timeout=60
+        )
+
+        def ask(id: int) -> str:
+            sent.put(streamed(id, "open.new"))
+            _, answer = codec.decode_stream_response(next(replies))
+            return answer.message if isinstance(answer, pb.Status) else ""
+
+        assert [ask(id) for id in (1, 2, 3)] == ["", "", ""]
+        server.change(ops + section("noisy", rights, requests_per_second=0.001))
+        answers = [ask(id) for id in range(4, 8)]
+        assert answers[0] == ""  # a budget begins with one request
+        assert "budget of principal 'noisy' exceeded" in answers[-1]
+        server.change(ops + section("noisy", rights))
+        assert ask(8) == ""
+        sent.put(None)
