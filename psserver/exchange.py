@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -139,7 +140,7 @@ class Exchanges:
         """
         start, over = time.perf_counter(), await self._turn(data, deadline, reservation)
         begin, read = time.perf_counter(), partial(self._read_delete, actor)
-        try:
+        with _given_up(over):
             change = self._at_once(read, data, len(data))
             if change is None:
                 change = await self._on_thread(read, data, reservation)
@@ -147,10 +148,6 @@ class Exchanges:
                 work = self._engine.submit(lambda: self._shard.delete(change), deadline)
                 self._limits.turns.passed(work, len(data), time.perf_counter() - begin, over)
                 done = await self._finish_delete(work, reservation)
-        except BaseException:
-            if over is not None:
-                over.cancel()
-            raise
         seconds, keys, stats = time.perf_counter() - start, change.keys, self._limits.stats
         stats.used("Delete", change.table, len(keys), keys.nbytes)
         stats.served("Delete", "unary", len(keys), keys.nbytes, 0, seconds)
@@ -181,15 +178,11 @@ class Exchanges:
         """
         start, over = time.perf_counter(), await self._turn(data, deadline, reservation)
         begin = time.perf_counter()
-        try:
+        with _given_up(over):
             read = self.read_at_once(decode, data, len(data))
             if read is None:
                 read = await self.read_on_thread(decode, data, reservation)
             begun = self.begin(read[1], start, deadline, reservation)
-        except BaseException:
-            if over is not None:
-                over.cancel()
-            raise
         del read
         self._limits.turns.passed(begun[2], len(data), time.perf_counter() - begin, over)
         try:
@@ -404,6 +397,20 @@ class Exchanges:
                 self._feed.acknowledged(pushed.version)
         method = METHODS[bool(exchange.pushes), bool(exchange.pulls)]
         stats.served(method, via, keys, received, sent, seconds)
+
+
+@contextmanager
+def _given_up(over: asyncio.Future[None] | None) -> Iterator[None]:
+    """End the turn of a request if the block, which begins the request, raises an error.
+
+    over  returned by ``Exchanges._turn``
+    """
+    try:
+        yield
+    except BaseException:
+        if over is not None:
+            over.cancel()
+        raise
 
 
 def _decode_pull(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:

@@ -134,7 +134,7 @@ class Handlers:
                 actor = guard.actor(path, context, peer)
                 limits.begin_call()
                 began = True
-                client = limits.client(peer) if arrays else None
+                client = limits.client(peer, actor.name) if arrays else None
                 reservation = limits.admit(
                     size,
                     client=client,

@@ -186,6 +186,8 @@ class Connection:
         if self._actor is None:
             self._actor = self._actor_of(request.token)
             self._token = request.token
+            if self._actor.name:
+                self.client = Client(self._limits.share(self._actor.name))
             self._watching.enter_context(self._actor.watched())
         regions = [each for each in request.regions if each.kind != pb.LANE_KIND_CUDA]
         fds, self._fds = self._fds[: len(regions)], self._fds[len(regions) :]

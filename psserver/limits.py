@@ -15,7 +15,7 @@ from psserver.errors import Draining, Restoring, TooLarge
 from psserver.restore import Restores
 from psserver.security.budgets import Budget
 from psserver.stats import ServiceStats
-from psserver.turns import PARTS, Client, Turns
+from psserver.turns import PARTS, Client, Share, Turns
 
 CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 
@@ -23,7 +23,7 @@ CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 class Reservation:
     """Counts the bytes of one message and its reply as in flight, until ``release`` or ``end``.
 
-    client  the connection that sent the message; None: its bytes are not counted per connection
+    client  the connection that sent the message; None: its bytes are not counted for a share
     budget  budget of the principal that sent the message; None: it has no limits
     """
 
@@ -92,7 +92,7 @@ class Reservation:
         self._limits.stats.inflight_bytes += more
         self.size += more
         if self.client is not None:
-            self.client.inflight += more
+            self.client.share.inflight += more
 
 
 class Limits:
@@ -111,21 +111,34 @@ class Limits:
         self.turns = Turns()
         self.turns.observed = stats.queued.add
         stats.waiting = lambda: self.turns.waiting
-        self._clients: WeakValueDictionary[str, Client] = WeakValueDictionary()
+        self._clients: WeakValueDictionary[tuple[str, str], Client] = WeakValueDictionary()
+        self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()  # of principals
         self._config = config
         self._restores = restores
         self._calls = 0  # running calls, without subscriptions
         self._idle: asyncio.Event | None = None  # ``idle`` waits for it; set when no call runs
 
-    def client(self, peer: str) -> Client:
+    def client(self, peer: str, principal: str = "") -> Client:
         """Return the client on a connection.
 
-        peer  name of the connection, from gRPC's ``context.peer()``
+        peer       name of the connection, from gRPC's ``context.peer()``
+        principal  name of the principal that calls; "": there is no policy
         """
-        client = self._clients.get(peer)
+        client = self._clients.get((peer, principal))
         if client is None:
-            client = self._clients[peer] = Client()
+            client = self._clients[peer, principal] = Client(self.share(principal))
         return client
+
+    def share(self, principal: str) -> Share:
+        """Return what a principal uses of the server, over all its connections; a new Share for a
+        connection without a principal ("").
+        """
+        if not principal:
+            return Share()
+        share = self._shares.get(principal)
+        if share is None:
+            share = self._shares[principal] = Share("principal")
+        return share
 
     def admit(
         self,
@@ -160,12 +173,12 @@ class Limits:
         inflight = self.stats.inflight_bytes + size
         if inflight > self._config.max_inflight_bytes:
             self.require_room(size)
-        if client is not None and client.inflight:
-            self._require_share(client, size)
+        if client is not None and client.share.inflight:
+            self._require_share(client.share, size)
         if budget is not None:
             budget.begin(size)
         if client is not None:
-            client.inflight += size
+            client.share.inflight += size
         self.stats.inflight_bytes = inflight
         return Reservation(self, size, client, budget)
 
@@ -189,19 +202,19 @@ class Limits:
                 size,
             )
 
-    def _require_share(self, client: Client, size: int) -> None:
-        """Raise Overloaded if a client that has bytes in flight may not have ``size`` more.
+    def _require_share(self, share: Share, size: int) -> None:
+        """Raise Overloaded if a share that has bytes in flight may not have ``size`` more.
 
         It may have as many as remain free for others (dynamic thresholds; Choudhury, Hahne, 1998).
         While it is alone, it may have all but a part, so that a second client finds room.
         """
         total, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
-        alone = total == client.inflight
-        share = limit - limit // PARTS if alone else limit - total
-        if client.inflight + size > share:
+        alone = total == share.inflight
+        most = limit - limit // PARTS if alone else limit - total
+        if share.inflight + size > most:
             raise self.turns.overloaded(
-                f"this connection has {client.inflight} bytes in flight + {size} requested >"
-                f" {share}, its share of max_inflight_bytes={limit}",
+                f"this {share.owner} has {share.inflight} bytes in flight + {size} requested >"
+                f" {most}, its share of max_inflight_bytes={limit}",
                 size,
             )
 

@@ -118,7 +118,7 @@ class Streams:
         """
         self._limits.stats.streams += 1
         try:
-            client = self._limits.client(actor.peer)
+            client = self._limits.client(actor.peer, actor.name)
             caller = _Stream(context, self._handlers.arrived, actor, client)
             broken = await self.serve(caller, "Stream")
         finally:

@@ -3,7 +3,9 @@
 While the server keeps up, a request begins as soon as it has arrived. When requests arrive faster,
 they wait here, encoded as they came. Waiting is fair to clients: the next request to begin is that
 of the client whose requests cost least lately (start-time fair queuing; Goyal, Vin, Cheng, 1996).
-The requests of one client begin in the order of arrival. A client is a connection here.
+The requests of one client begin in the order of arrival. A client is a connection here. While a
+policy is in force, all connections of a principal have one Share of the server, so that a principal
+gets no more by opening more connections.
 
 The cost of a request is its size in bytes, and BASE for what any request takes. While requests
 wait, the cost that begins per second is measured: the rate of the server. Cost divided by rate is
@@ -48,33 +50,49 @@ MEASURED = 0.1  # seconds over which the rate is measured
 SMOOTH = 0.3  # weight of the newest measurement of the rate
 SHORTEST, LONGEST = 0.1, 2.0  # bounds of the seconds after which refused clients may try again
 READS = 1  # requests that are read from one connection per round of the loop while others wait
-AHEAD = (
-    4 << 20
-)  # cost of the requests that wait with which only clients of which none waits are read
+AHEAD = 4 << 20  # cost of waiting requests from which on only clients without any are read
 PARTS = 8  # one client alone may take all of max_inflight_bytes but this part of it
+
+
+class Share:
+    """What a principal uses of the server, over all its connections; without a policy, what one
+    connection uses.
+
+    owner     "principal" or "connection", for errors
+    inflight  bytes of its requests and replies in flight
+    waiting   number of its requests that wait
+    cost      their cost
+    tag       position of its next request in the order of requests; grows by the cost of each
+              request that gets a place in the order
+    """
+
+    __slots__ = ("__weakref__", "cost", "inflight", "owner", "tag", "waiting")
+
+    def __init__(self, owner: str = "connection") -> None:
+        self.owner = owner
+        self.inflight = 0
+        self.waiting = 0
+        self.cost = 0
+        self.tag = 0.0
 
 
 class Client:
     """One connection, and its requests that wait.
 
-    inflight  bytes of its requests and replies in flight
+    share     what it uses of the server, together with other connections of its principal
     waiting   its requests that wait, in the order of arrival
-    cost      their cost
-    tag       position in the order of clients; grows by the cost of each request that begins
     blocked   whether its next request must not begin yet
     reads     number of requests that were read from its streams in this round of the loop
     readers   streams that read their next request in a later round
     """
 
     __slots__ = (
-        "__weakref__", "blocked", "cost", "inflight", "readers", "reads", "tag", "waiting",
+        "__weakref__", "blocked", "readers", "reads", "share", "waiting",
     )  # fmt: skip
 
-    def __init__(self) -> None:
-        self.inflight = 0
+    def __init__(self, share: Share | None = None) -> None:
+        self.share = Share() if share is None else share
         self.waiting: deque[Waiting] = deque()
-        self.cost = 0
-        self.tag = 0.0
         self.blocked = False
         self.reads = 0
         self.readers: deque[asyncio.Future[None]] = deque()
@@ -127,6 +145,7 @@ class Turns:
         self.observed: Callable[[float], Any] | None = None
         self._clock, self._draw = clock, draw
         self._order: list[tuple[float, int, Client]] = []  # heap of clients whose turn may come
+        self._crowd = 0  # number of shares with requests that wait
         self._number = 0  # distinguishes equal tags
         self._tag = 0.0  # tag of the client whose request began last
         self._used = 0.0  # seconds of requests in this round of the loop
@@ -188,7 +207,10 @@ class Turns:
         self._require_soon(client, cost, now, deadline)
         self._admitted += cost
         client.waiting.append(Waiting(begin, refuse, cost, deadline, now))
-        client.cost += cost
+        share = client.share
+        self._crowd += not share.waiting
+        share.waiting += 1
+        share.cost += cost
         self.cost += cost
         self.waiting += 1
         if len(client.waiting) == 1 and not client.blocked:
@@ -292,8 +314,9 @@ class Turns:
         """
         if not self.rate:
             return 0.0
-        others = len(self._order) + (not client.waiting)
-        return min(self.cost, (client.cost + cost) * others) / self.rate
+        share = client.share
+        crowd = self._crowd + (not share.waiting)
+        return min(self.cost, (share.cost + cost) * crowd) / self.rate
 
     # ---- the loop calls
 
@@ -341,10 +364,12 @@ class Turns:
         """Begin the request whose turn it is, or refuse it if its deadline has passed."""
         self._tag, _, client = heappop(self._order)
         request = client.waiting.popleft()
-        client.cost -= request.cost
+        share = client.share
+        share.waiting -= 1
+        share.cost -= request.cost
+        self._crowd -= not share.waiting
         self.cost -= request.cost
         self.waiting -= 1
-        client.tag = self._tag + request.cost
         if now > request.deadline:
             request.refuse(DeadlinePassed("the deadline passed before the work began"))
         else:
@@ -356,10 +381,14 @@ class Turns:
             self._line_up(client)
 
     def _line_up(self, client: Client) -> None:
-        """Give a client with requests that wait its place in the order."""
-        client.tag = max(client.tag, self._tag)
+        """Give the next request of a client its place in the order, behind earlier requests of its
+        share.
+        """
+        share = client.share
+        tag = max(share.tag, self._tag)
+        share.tag = tag + client.waiting[0].cost
         self._number += 1
-        heappush(self._order, (client.tag, self._number, client))
+        heappush(self._order, (tag, self._number, client))
 
     def _measure(self, now: float) -> None:
         """Measure the rate, and note whether requests wait for too long."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from psclient import Client
 from psclient.errors import PermissionDenied, ResourceExhausted, Unauthenticated
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver import turns
 from psserver.errors import BudgetExceeded
+from psserver.limits import Limits, Reservation
 from psserver.security.budgets import LONGEST, Budget, Limit
 
 
@@ -212,3 +215,34 @@ def test_a_new_limit_holds_for_streams_that_are_open(server: Secured) -> None:
         server.change(ops + section("noisy", rights))
         assert ask(8) == ""
         sent.put(None)
+
+
+@pytest.mark.parametrize("transport", ["unary", "stream"])
+def test_all_connections_of_a_principal_have_one_share_of_the_server(
+    server: Secured, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = (["*"], ["*"])
+    server.change(section("ops", everything) + section("other", everything))
+    seen: list[tuple[turns.Client, turns.Share]] = []
+    admit = Limits.admit
+
+    def recorded(limits: Limits, size: int, **more: Any) -> Reservation:
+        if (client := more.get("client")) is not None:
+            seen.append((client, client.share))
+        return admit(limits, size, **more)
+
+    monkeypatch.setattr(Limits, "admit", recorded)
+    shares = []
+    with ExitStack() as stack:
+        for who in ("ops", "ops", "other"):
+            client = stack.enter_context(connected(server, tmp_path, who, transport))
+            table = client.create_table(f"of-{who}", dim=4, optimizer="sgd", lr=1.0)
+            seen.clear()
+            table.pull(np.arange(3))
+            assert len({id(share) for _, share in seen}) == 1
+            shares.append(seen[-1])
+    (first, of_first), (second, of_second), (_, of_other) = shares
+    assert first is not second
+    assert of_first is of_second
+    assert of_first is not of_other
+    eventually(lambda: not of_first.inflight)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from psserver.errors import DeadlinePassed, Overloaded
-from psserver.turns import ALLOWED, BASE, INTERVAL, LONGEST, MEASURED, SHORTEST, Client, Turns
+from psserver.turns import (
+    ALLOWED,
+    BASE,
+    INTERVAL,
+    LONGEST,
+    MEASURED,
+    SHORTEST,
+    Client,
+    Share,
+    Turns,
+)
 
 RATE = 1000 * BASE  # cost per second in these tests: a request without bytes takes 1 ms
 
@@ -104,6 +114,56 @@ def test_clients_get_equal_shares_by_cost_not_by_number() -> None:
 
     order = with_turns(act)
     assert 7 <= order.count("large") <= 9
+
+
+def test_a_principal_with_many_connections_gets_no_more_than_one_with_one_connection() -> None:
+    async def act(turns: Turns, _: Clock) -> list[str]:
+        order, principal = list[str](), Share("principal")
+        many, one = [Client(principal) for _ in range(20)], Client(Share("principal"))
+
+        def enter(client: Client, name: str) -> None:
+            turns.enter(client, 0, 1e9, lambda: order.append(name), lambda _: None)
+
+        for client in many * 10:
+            enter(client, "many")
+        for _ in range(10):
+            enter(one, "one")
+        assert (principal.waiting, principal.cost) == (200, 200 * BASE)
+        while turns.waiting:
+            await asyncio.sleep(0)
+        assert (principal.waiting, principal.cost) == (0, 0)
+        return order
+
+    order = with_turns(act)
+    assert order[:20].count("one") >= 9
+    assert order.count("many") == 200
+
+
+def test_connections_of_a_principal_take_turns() -> None:
+    async def act(turns: Turns, _: Clock) -> list[str]:
+        order, principal = list[str](), Share("principal")
+        first, second = Client(principal), Client(principal)
+        for client, name in ((first, "first"), (second, "second")):
+            for _ in range(10):
+                turns.enter(client, 0, 1e9, lambda name=name: order.append(name), lambda _: None)
+        while turns.waiting:
+            await asyncio.sleep(0)
+        return order
+
+    assert with_turns(act)[:10].count("first") == 5
+
+
+def test_the_wait_of_a_principal_counts_all_its_connections() -> None:
+    async def act(turns: Turns, _: Clock) -> list[float]:
+        principal, other = Share("principal"), Client()
+        turns.rate = RATE
+        for _ in range(4):
+            fill(turns, Client(principal), 100)
+        return [turns.wait_of(Client(principal), BASE), turns.wait_of(other, BASE)]
+
+    of_principal, of_other = with_turns(act)
+    assert of_principal == pytest.approx(0.4, rel=0.02)
+    assert of_other == pytest.approx(0.002, rel=0.02)
 
 
 def test_a_blocked_client_keeps_its_order_and_stops_nobody() -> None:
