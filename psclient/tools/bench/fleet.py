@@ -117,7 +117,7 @@ class Fleet:
 
         Ctrl-C ends the run early: the result has the seconds that have passed, and ``interrupted``
         is True from then on. KeyboardInterrupt is raised if the warm-up is not over, or at a second
-        Ctrl-C. Raises GeneratorFailed if a process ends early.
+        Ctrl-C, which does not wait for answers. Raises GeneratorFailed if a process ends early.
         """
         check_run(rate, seconds, warmup)
         self._rounds += 1
@@ -394,8 +394,9 @@ class _Worker:
         )
 
     def end(self) -> None:
-        """Close the input of the process and wait for its end; kill it if it does not end."""
+        """End the process, which may be in a run; kill it if it does not end."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGINT)
         with suppress(OSError):
             self.process.stdin.close()
         try:

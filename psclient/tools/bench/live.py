@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from psclient.tools.bench.latencies import SHOWN, Latencies
-from psclient.tools.bench.result import Second
+from psclient.tools.bench.result import Result, Second
 from psclient.tools.bench.words import duration, rate
 from psclient.tools.figures import size
 from psclient.tools.listing import listing
@@ -63,7 +63,7 @@ class Board:
     console  terminal to show them on
     note     if ``console`` is no terminal, called with a line of text for each run that has ended
 
-    Pass ``begin`` and ``second`` as on_run and on_second of a Runner.
+    Pass ``begin``, ``second`` and ``result`` as on_run, on_second and on_end of a Runner.
     """
 
     def __init__(self, console: Console, note: Callable[[str], Any]) -> None:
@@ -103,6 +103,18 @@ class Board:
             self._sums.add(second)
         if self._live is not None:
             self._live.update(self._table(running=True), refresh=True)
+
+    def result(self, result: Result) -> None:
+        """Take the figures of a run that has ended: those that the report has.
+
+        The sums over its seconds differ a little: they lack the requests that were answered last.
+        """
+        sums, seconds = Sums(), result.seconds
+        sums.latency, sums.seconds = result.latency, seconds
+        sums.offered, sums.ok = round(result.offered * seconds), round(result.achieved * seconds)
+        sums.keys, sums.bytes = round(result.keys * seconds), round(result.bytes * seconds)
+        sums.refused, sums.failed = result.refused, result.failed - result.refused
+        self._sums = sums
 
     def _end(self) -> None:
         """Keep the line of the run that has ended."""

@@ -23,6 +23,8 @@ LEAST_KEYS = 8  # per request and table; with fewer, costs are not measured
 
 OnRun = Callable[[str, float], Any]  # called with (what begins, requests per second; 0: closed)
 
+OnEnd = Callable[[Result], Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
@@ -132,7 +134,7 @@ class _Run:
 
 
 class _Interrupted(Exception):
-    """Ctrl-C ended a run early. ``run``: what it measured until then."""
+    """Ctrl-C ended a run early. ``run``: the run before it, or what itself has measured."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__()
@@ -145,6 +147,7 @@ class Runner:
     client     asks the shards what they use
     on_run     called before each run
     on_second  called after each second of a run
+    on_end     called with the result of each run
     """
 
     def __init__(
@@ -156,15 +159,19 @@ class Runner:
         times: Times,
         on_run: OnRun | None = None,
         on_second: OnSecond | None = None,
+        on_end: OnEnd | None = None,
     ) -> None:
+        self._on_end = on_end
         self._fleet, self._client = fleet, client
         self._objective, self._times = objective, times
         self._on_run, self._on_second = on_run, on_second
         self._shards = client._shards()
         self._points: dict[float, Point] = {}  # steps of a sweep that ended, by rate
+        self._last: _Run | None = None  # run that ended last
 
     def single(self, rate: float) -> Trial:
         """Run at one rate; 0: a closed loop."""
+        self._last = None
         try:
             return self._trial(self._run("run", rate, self._times.seconds))
         except _Interrupted as early:
@@ -177,13 +184,16 @@ class Runner:
 
         If Ctrl-C ends a run, the trial has the steps that ended before.
         """
-        self._points = {}
+        self._points, self._last = {}, None
         try:
             return self._sweep(first)
-        except _Interrupted as early:
+        except (_Interrupted, KeyboardInterrupt) as early:  # the latter between two runs
+            run = early.run if isinstance(early, _Interrupted) else self._last
+            if run is None:
+                raise
             goal, points = self._objective, list(self._points.values())
             knee = knee_of(points, p99=goal.p99, safety=goal.safety) if points else None
-            return self._trial(early.run, knee=knee, interrupted=True)
+            return self._trial(run, knee=knee, interrupted=True)
 
     def _sweep(self, first: float) -> Trial:
         """Sweep. Raises _Interrupted."""
@@ -228,14 +238,22 @@ class Runner:
             if self._on_second is not None:
                 self._on_second(second)
 
-        result = self._fleet.run(
-            rate, seconds, warmup=self._times.warmup, on_second=ended, batch=batch
-        )
+        try:
+            result = self._fleet.run(
+                rate, seconds, warmup=self._times.warmup, on_second=ended, batch=batch
+            )
+        except KeyboardInterrupt:
+            if self._last is None:
+                raise
+            raise _Interrupted(self._last) from None
+        if self._on_end is not None:
+            self._on_end(result)
         run = _Run(result, [], 0.0)
         if watches:
             run = _Run(result, watches[0].shards(), watches[0].machine())
         if self._fleet.interrupted:
-            raise _Interrupted(run)
+            raise _Interrupted(self._last or run)
+        self._last = run
         return run
 
     def _measure(self, rate: float) -> Point:

@@ -66,6 +66,13 @@ def _recommended_text(trial: Trial) -> str:
     )
     if trial.interrupted:
         return said
+    if not trial.held:
+        return (
+            f"Do not plan with this test: at the rate that it would recommend,"
+            f" {rate(knee.recommended)} requests per second,"
+            f" {problem(point_of(result), trial.objective.p99)}. Repeat it while nothing else runs"
+            " on these machines."
+        )
     return (
         f"{said} At this rate, 99 % of the requests were answered within"
         f" {duration(result.latency.percentile(99))}; the objective is"
@@ -75,7 +82,7 @@ def _recommended_text(trial: Trial) -> str:
 
 def _interrupted_text(trial: Trial) -> str:
     """Return which part of the test has ended."""
-    seconds = f"The figures of the last run are those of its first {trial.result.seconds:.3g} s."
+    seconds = f"The figures are those of the last run, of which {trial.result.seconds:.3g} s count."
     if trial.knee is None:
         return f"The test was interrupted. {seconds}"
     count = len(trial.knee.points)
@@ -150,8 +157,7 @@ def doubts(trial: Trial) -> list[str]:
     if knee is not None and not trial.interrupted:
         if knee.at is not None and not trial.held:
             found.append(
-                f"the run at the recommended rate failed"
-                f" ({problem(point_of(trial.result), trial.objective.p99)}), so something disturbed"
+                "the run at the recommended rate did not keep the objective, so something disturbed"
                 " it or the sweep; repeat the test"
             )
         last = knee.above or knee.at

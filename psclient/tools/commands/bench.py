@@ -168,6 +168,7 @@ def bench(
                 times=times,
                 on_run=board.begin,
                 on_second=board.second,
+                on_end=board.result,
             )
             trial = runner.sweep(rate) if sweep else runner.single(rate)
         if page is not None:

@@ -215,7 +215,7 @@ def test_the_verdict_says_what_a_sweep_found() -> None:
         ),
         (
             {"result": a_result(latency=latencies(2000, 0.1))},
-            "the run at the recommended rate failed",
+            "the run at the recommended rate did not keep",
         ),
     ],
 )
@@ -266,12 +266,15 @@ def test_the_terminal_shows_all_runs() -> None:
             board.begin("closed loop", 0.0)
             for number in range(3):
                 board.second(second(number))
+            board.result(a_result(offered=123.0))
             board.begin("sweep", 400.0)
             for number in range(3):
                 board.second(second(number, failed=5))
     for words in ("closed loop", "sweep 400/s", "so far", "last second", "p99.9", "achieved/s"):
         assert words in shown.getvalue()
     assert [each.split(":")[0] for each in notes] == ["closed loop", "sweep 400/s"]
+    assert "offered/s 123, achieved/s 399" in notes[0]  # those of the result
+    assert "refused 1, failed 0" in notes[0]
     assert "offered/s 405, achieved/s 400" in notes[1]
     assert "refused 10, failed 0" in notes[1]
 

@@ -267,6 +267,13 @@ def test_a_sweep_from_the_command_line(cluster2: Cluster, name: str, tmp_path: P
         assert not [each for each in client.list_tables() if each.name.startswith(name)]
 
 
+def pushed(client: Client, table: str) -> int:
+    """How many keys were pushed to a table; 0: it is not there yet."""
+    if table not in {each.name for each in client.list_tables()}:
+        return 0
+    return int(client.table(table).pull_rows(key_of(np.arange(2000))).frequencies.sum())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
 def test_ctrl_c_ends_a_test_with_what_it_measured(
@@ -274,7 +281,7 @@ def test_ctrl_c_ends_a_test_with_what_it_measured(
 ) -> None:
     page = tmp_path / "report.html"
     words = ["bench", "--prefix", name, "--keys", "2000", "--dim", "4", "--batch", "50"]
-    words += ["--rate", "50", "--seconds", "600", "--warmup", "0.2", "--output", "json"]
+    words += ["--rate", "50", "--seconds", "600", "--warmup", "0", "--output", "json"]
     words += ["--sweep", "--step-seconds", "0.5", "--p99-ms", "9000"] if sweep else []
     words += ["--html", str(page), "--servers", cluster1.addresses[0]]
     running = subprocess.Popen(
@@ -284,16 +291,17 @@ def test_ctrl_c_ends_a_test_with_what_it_measured(
         text=True,
     )
     with Client(cluster1.addresses) as client:
-        eventually(lambda: name in "".join(each.name for each in client.list_tables()))
-        pulls = client.describe_table  # the run began when the table has rows
-        eventually(lambda: pulls(f"{name}.0").rows == 2000)
-        time.sleep(3.0)
+        if sweep:  # until a step has ended
+            assert running.stderr is not None
+            assert "sweep 50/s" in running.stderr.readline()
+        else:  # until some requests after those that filled the table were answered
+            eventually(lambda: pushed(client, f"{name}.0") > 2000 + 5 * 50)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
         assert running.returncode == 130, err
         found = json.loads(out)
         assert found["interrupted"]
-        assert 0 < found["result"]["seconds"] < 100
+        assert 0 < found["result"]["seconds"] < 600
         assert found["result"]["latency"]["count"] > 0
         assert bool(found["knee"]) == sweep
         assert "The test was interrupted" in page.read_text()
