@@ -230,5 +230,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, str):
         return value if len(value) <= LONGEST else value[:LONGEST] + "..."
     if isinstance(value, list):
-        return [_short(each) for each in value[:MOST]]
+        rest = [f"... and {len(value) - MOST} more"] if len(value) > MOST else []
+        return [_short(each) for each in value[:MOST]] + rest
     return value
