@@ -23,15 +23,15 @@ demo: .venv/server  ## a local cluster and a model that learns from a click stre
 test: quick cold slow frameworks  ## every test
 
 quick: .venv/dev  ## the tests to run all day
-	$(call pytest,-m "not slow" --ignore tests/frameworks,$(PARALLEL))
+	$(call pytest,-m "not slow and not long" --ignore tests/frameworks,$(PARALLEL))
 
 cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk, or on a fake GPU
 	$(call pytest,--cold --hbm -m "not slow" --ignore tests/frameworks,$(PARALLEL))
 	$(call pytest,--cold -m slow tests/cluster,$(PARALLEL))
 
-slow: .venv/dev  ## tests that kill processes, fill disks and start pods
-	$(call pytest,-m slow --ignore tests/deploy --ignore tests/frameworks,$(PARALLEL))
-	$(call pytest,-m slow tests/deploy)
+slow: .venv/dev  ## longer tests, and those that kill processes, fill disks and start pods
+	$(call pytest,-m "slow or long" --ignore tests/deploy --ignore tests/frameworks,$(PARALLEL))
+	$(call pytest,-m "slow or long" tests/deploy)
 
 # Each framework has its tests in tests/frameworks, in an environment that has the framework.
 # FRAMEWORKS=required: a test fails, instead of being skipped, if its framework is missing.
