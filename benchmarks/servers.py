@@ -162,7 +162,7 @@ def helper(module: str, *words: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # closes the pipes
 
 
 def wait_until_ready(process: subprocess.Popen[str]) -> None:
