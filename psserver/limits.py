@@ -92,6 +92,7 @@ class Reservation:
         self._limits.stats.inflight_bytes += more
         self.size += more
         if self.client is not None:
+            self.client.inflight += more
             self.client.share.inflight += more
 
 
@@ -137,7 +138,7 @@ class Limits:
             return Share()
         share = self._shares.get(principal)
         if share is None:
-            share = self._shares[principal] = Share("principal")
+            share = self._shares[principal] = Share()
         return share
 
     def admit(
@@ -173,11 +174,14 @@ class Limits:
         inflight = self.stats.inflight_bytes + size
         if inflight > self._config.max_inflight_bytes:
             self.require_room(size)
-        if client is not None and client.share.inflight:
-            self._require_share(client.share, size)
+        if client is not None and client.inflight:
+            self._require_share(client.inflight, size, "connection")
+            if client.share.inflight > client.inflight:
+                self._require_share(client.share.inflight, size, "principal")
         if budget is not None:
             budget.begin(size)
         if client is not None:
+            client.inflight += size
             client.share.inflight += size
         self.stats.inflight_bytes = inflight
         return Reservation(self, size, client, budget)
@@ -202,19 +206,20 @@ class Limits:
                 size,
             )
 
-    def _require_share(self, share: Share, size: int) -> None:
-        """Raise Overloaded if a share that has bytes in flight may not have ``size`` more.
+    def _require_share(self, held: int, size: int, owner: str) -> None:
+        """Raise Overloaded if a client with ``held`` bytes in flight may not have ``size`` more.
+
+        owner  "connection", or "principal" with all its connections
 
         It may have as many as remain free for others (dynamic thresholds; Choudhury, Hahne, 1998).
         While it is alone, it may have all but a part, so that a second client finds room.
         """
         total, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
-        alone = total == share.inflight
-        most = limit - limit // PARTS if alone else limit - total
-        if share.inflight + size > most:
+        share = limit - limit // PARTS if total == held else limit - total
+        if held + size > share:
             raise self.turns.overloaded(
-                f"this {share.owner} has {share.inflight} bytes in flight + {size} requested >"
-                f" {most}, its share of max_inflight_bytes={limit}",
+                f"this {owner} has {held} bytes in flight + {size} requested >"
+                f" {share}, its share of max_inflight_bytes={limit}",
                 size,
             )
 

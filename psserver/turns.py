@@ -5,7 +5,8 @@ they wait here, encoded as they came. Waiting is fair to clients: the next reque
 of the client whose requests cost least lately (start-time fair queuing; Goyal, Vin, Cheng, 1996).
 The requests of one client begin in the order of arrival. A client is a connection here. While a
 policy is in force, all connections of a principal have one Share of the server, so that a principal
-gets no more by opening more connections.
+gets no more by opening more connections. The connections of a principal take turns, so that a
+trainer does not wait for all requests of another trainer of its job.
 
 The cost of a request is its size in bytes, and BASE for what any request takes. While requests
 wait, the cost that begins per second is measured: the rate of the server. Cost divided by rate is
@@ -58,20 +59,18 @@ class Share:
     """What a principal uses of the server, over all its connections; without a policy, what one
     connection uses.
 
-    owner     "principal" or "connection", for errors
     inflight  bytes of its requests and replies in flight
-    waiting   number of its requests that wait
-    cost      their cost
+    clients   number of its connections with requests that wait
+    cost      cost of these requests
     tag       position of its next request in the order of requests; grows by the cost of each
               request that gets a place in the order
     """
 
-    __slots__ = ("__weakref__", "cost", "inflight", "owner", "tag", "waiting")
+    __slots__ = ("__weakref__", "clients", "cost", "inflight", "tag")
 
-    def __init__(self, owner: str = "connection") -> None:
-        self.owner = owner
+    def __init__(self) -> None:
         self.inflight = 0
-        self.waiting = 0
+        self.clients = 0
         self.cost = 0
         self.tag = 0.0
 
@@ -80,19 +79,23 @@ class Client:
     """One connection, and its requests that wait.
 
     share     what it uses of the server, together with other connections of its principal
+    inflight  bytes of its requests and replies in flight
     waiting   its requests that wait, in the order of arrival
+    cost      their cost
     blocked   whether its next request must not begin yet
     reads     number of requests that were read from its streams in this round of the loop
     readers   streams that read their next request in a later round
     """
 
     __slots__ = (
-        "__weakref__", "blocked", "readers", "reads", "share", "waiting",
+        "__weakref__", "blocked", "cost", "inflight", "readers", "reads", "share", "waiting",
     )  # fmt: skip
 
     def __init__(self, share: Share | None = None) -> None:
         self.share = Share() if share is None else share
+        self.inflight = 0
         self.waiting: deque[Waiting] = deque()
+        self.cost = 0
         self.blocked = False
         self.reads = 0
         self.readers: deque[asyncio.Future[None]] = deque()
@@ -206,10 +209,12 @@ class Turns:
             self._measured, self._since = 0, now
         self._require_soon(client, cost, now, deadline)
         self._admitted += cost
-        client.waiting.append(Waiting(begin, refuse, cost, deadline, now))
         share = client.share
-        self._crowd += not share.waiting
-        share.waiting += 1
+        if not client.waiting:
+            self._crowd += not share.clients
+            share.clients += 1
+        client.waiting.append(Waiting(begin, refuse, cost, deadline, now))
+        client.cost += cost
         share.cost += cost
         self.cost += cost
         self.waiting += 1
@@ -315,8 +320,10 @@ class Turns:
         if not self.rate:
             return 0.0
         share = client.share
-        crowd = self._crowd + (not share.waiting)
-        return min(self.cost, (share.cost + cost) * crowd) / self.rate
+        crowd = self._crowd + (not share.clients)
+        siblings = share.clients + (not client.waiting)
+        before = min(share.cost + cost, (client.cost + cost) * siblings)
+        return min(self.cost, before * crowd) / self.rate
 
     # ---- the loop calls
 
@@ -365,9 +372,11 @@ class Turns:
         self._tag, _, client = heappop(self._order)
         request = client.waiting.popleft()
         share = client.share
-        share.waiting -= 1
+        if not client.waiting:
+            share.clients -= 1
+            self._crowd -= not share.clients
+        client.cost -= request.cost
         share.cost -= request.cost
-        self._crowd -= not share.waiting
         self.cost -= request.cost
         self.waiting -= 1
         if now > request.deadline:

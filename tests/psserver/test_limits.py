@@ -15,9 +15,13 @@ from peers import Peer, details, refusal, until, with_server
 from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver import door
-from psserver.limits import CONTROL_BYTES
+from psserver.config import load
+from psserver.errors import Overloaded
+from psserver.limits import CONTROL_BYTES, Limits
+from psserver.stats import ServiceStats
 
 SMALLEST = 1 << 16  # of max_message_bytes and max_inflight_bytes
+PART = SMALLEST // 2
 ARRAYS = {"Pull", "Push", "Exchange", "Delete", "Stream", "WriteRows"}  # messages may be large
 METHODS: dict[str, MethodDescriptor] = {
     f"{service.name}/{method.name}": method
@@ -269,3 +273,27 @@ def test_streams_of_other_services_have_a_limit(name: str, monkeypatch: pytest.M
         return refusal(caught.value)
 
     assert with_server(act) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+
+
+class NotHeld:
+    """A shard that is not restored."""
+
+    held = False
+
+
+def test_a_quiet_connection_is_admitted_while_its_principal_has_more_than_its_share() -> None:
+    flags = ["--max-message-bytes", str(SMALLEST), "--max-inflight-bytes", str(8 * PART)]
+    config = load(flags, {})
+    limits = Limits(config, ServiceStats(), NotHeld())  # type: ignore[arg-type]
+    limits.admit(PART, client=limits.client("other", "b"))
+    siblings = [limits.client(str(n), "a") for n in range(5)]
+    admitted = [limits.admit(PART, client=client) for client in siblings[:4]]
+    share = siblings[0].share
+    assert all(client.share is share for client in siblings)
+    with pytest.raises(Overloaded, match=f"this principal has {4 * PART} bytes in flight"):
+        limits.admit(1, client=siblings[0])
+    admitted.append(limits.admit(PART // 2, client=siblings[4]))
+    for each in admitted:
+        each.release()
+    assert [client.inflight for client in siblings] == [0] * 5
+    assert share.inflight == 0

@@ -118,8 +118,8 @@ def test_clients_get_equal_shares_by_cost_not_by_number() -> None:
 
 def test_a_principal_with_many_connections_gets_no_more_than_one_with_one_connection() -> None:
     async def act(turns: Turns, _: Clock) -> list[str]:
-        order, principal = list[str](), Share("principal")
-        many, one = [Client(principal) for _ in range(20)], Client(Share("principal"))
+        order, principal = list[str](), Share()
+        many, one = [Client(principal) for _ in range(20)], Client(Share())
 
         def enter(client: Client, name: str) -> None:
             turns.enter(client, 0, 1e9, lambda: order.append(name), lambda _: None)
@@ -128,10 +128,10 @@ def test_a_principal_with_many_connections_gets_no_more_than_one_with_one_connec
             enter(client, "many")
         for _ in range(10):
             enter(one, "one")
-        assert (principal.waiting, principal.cost) == (200, 200 * BASE)
+        assert (principal.clients, principal.cost) == (20, 200 * BASE)
         while turns.waiting:
             await asyncio.sleep(0)
-        assert (principal.waiting, principal.cost) == (0, 0)
+        assert (principal.clients, principal.cost) == (0, 0)
         return order
 
     order = with_turns(act)
@@ -141,7 +141,7 @@ def test_a_principal_with_many_connections_gets_no_more_than_one_with_one_connec
 
 def test_connections_of_a_principal_take_turns() -> None:
     async def act(turns: Turns, _: Clock) -> list[str]:
-        order, principal = list[str](), Share("principal")
+        order, principal = list[str](), Share()
         first, second = Client(principal), Client(principal)
         for client, name in ((first, "first"), (second, "second")):
             for _ in range(10):
@@ -153,16 +153,19 @@ def test_connections_of_a_principal_take_turns() -> None:
     assert with_turns(act)[:10].count("first") == 5
 
 
-def test_the_wait_of_a_principal_counts_all_its_connections() -> None:
+def test_the_wait_depends_on_the_principal_and_on_its_connection() -> None:
     async def act(turns: Turns, _: Clock) -> list[float]:
-        principal, other = Share("principal"), Client()
+        principal, other = Share(), Client()
+        noisy = [Client(principal) for _ in range(4)]
         turns.rate = RATE
-        for _ in range(4):
-            fill(turns, Client(principal), 100)
-        return [turns.wait_of(Client(principal), BASE), turns.wait_of(other, BASE)]
+        for client in noisy:
+            fill(turns, client, 100)
+        clients = (noisy[0], Client(principal), other)
+        return [turns.wait_of(client, BASE) for client in clients]
 
-    of_principal, of_other = with_turns(act)
-    assert of_principal == pytest.approx(0.4, rel=0.02)
+    of_noisy, of_quiet_sibling, of_other = with_turns(act)
+    assert of_noisy == pytest.approx(0.4, rel=0.02)
+    assert of_quiet_sibling == pytest.approx(0.005, rel=0.02)  # one turn of each connection
     assert of_other == pytest.approx(0.002, rel=0.02)
 
 
