@@ -9,7 +9,7 @@ from collections.abc import Sequence
 SHORT = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 LONG = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 # upper bounds in bytes, of messages
-SIZES = tuple(float(1 << power) for power in range(8, 31, 2))
+SIZES = tuple(float(1 << power) for power in range(8, 31))
 
 
 class Histogram:

@@ -19,7 +19,7 @@ BY_LANE = ("method", "lane")
 # in a series that begins with its first error.
 ALERTED = {
     (method, "RESOURCE_EXHAUSTED", reason): 0
-    for method in ("Pull", "Push", "Exchange", "Stream", "Lane")
+    for method in ("Pull", "Push", "Exchange", "Delete", "Stream", "Lane")
     for reason in ("DISK_FULL", "OUT_OF_MEMORY", "OVERLOADED", "BUDGET_EXCEEDED")
 }
 

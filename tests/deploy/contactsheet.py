@@ -32,6 +32,7 @@ UNITS: dict[str, dict[str, Any]] = {  # Grafana's unit -> format of the axis
     "bytes": {"exponentformat": "SI", "ticksuffix": "B"},
     "Bps": {"exponentformat": "SI", "ticksuffix": "B/s"},
     "reqps": {"exponentformat": "SI", "ticksuffix": " req/s"},
+    "cps": {"exponentformat": "SI", "ticksuffix": "/s"},
     "percentunit": {"tickformat": ".3~%"},
     "short": {"exponentformat": "SI"},
 }

@@ -55,9 +55,15 @@ class Alert:
         }
 
 
+# Methods that change rows. Others fail for lack of memory or disk space too, such as the creation of
+# a table that is too large, but then pushes may go on.
+CHANGES = "Push|Exchange|Delete|Stream|Lane"
+
+
 def _refused(reason: str) -> str:
-    """Return the expression for shards that refused requests for a reason in the last minutes."""
-    return f'{SHARD} (increase(ps_errors_total{{reason="{reason}"}}[5m])) > 0'
+    """Return the expression for shards that refused changes for a reason in the last minutes."""
+    matchers = f'{{reason="{reason}",method=~"{CHANGES}"}}'
+    return f"{SHARD} (increase(ps_errors_total{matchers}[5m])) > 0"
 
 
 def _p99(histogram: str, window: str = "5m") -> str:
@@ -78,13 +84,16 @@ def _late(window: str) -> str:
 
 
 def _burns(burn: tuple[float, str, str]) -> str:
-    """Return the expression for shards that use up their error budget too fast.
+    """Return the expression for shards that use up their error budget too fast. Those with few
+    changes are left out: a single late change is a large part of them.
 
     burn  (burn rate, long window, short window), as in thresholds.py
     """
     rate, *windows = burn
     permitted = f"{rate} * (1 - {at.FRESH_PART})"
-    return "\nand ".join(f"{_late(window)} > {permitted}" for window in windows)
+    late = [f"{_late(window)} > {permitted}" for window in windows]
+    changes = f"sum by (namespace, job, shard) (increase(ps_freshness_seconds_count[{windows[0]}]))"
+    return "\nand ".join([*late, f"{changes} > {at.FRESH_CHANGES}"])
 
 
 LATE = {  # name -> expression of the recording rules
@@ -102,7 +111,7 @@ LATENCY = _p99("ps_request_duration_seconds")
 ALERTS = (
     Alert(
         "PsShardDown",
-        "1m",
+        at.DOWN,
         True,
         "group by (namespace, shard) (last_over_time(ps_ready[7d]))\n"
         "unless group by (namespace, shard) (ps_ready)",
@@ -122,7 +131,7 @@ ALERTS = (
         "",
         True,
         _refused("DISK_FULL"),
-        "Shard {{ $labels.shard }} refuses pushes, because its disk is full.",
+        "Shard {{ $labels.shard }} refuses changes, because its disk is full.",
         "full disk",
     ),
     Alert(
@@ -158,7 +167,7 @@ ALERTS = (
         "",
         True,
         _refused("OUT_OF_MEMORY"),
-        "Shard {{ $labels.shard }} refuses pushes, because its tables have no memory left.",
+        "Shard {{ $labels.shard }} refuses changes, because its tables have no memory left.",
         "little memory",
     ),
     Alert(

@@ -22,7 +22,7 @@ class Kind(Enum):
 class Panel:
     """One diagram over time.
 
-    unit   Grafana's name of the unit, for example "s", "bytes" or "reqps"
+    unit   Grafana's name of the unit, for example "s", "bytes" or "cps" (counts per second)
     help   explanation that Grafana shows next to the title
     lines  legend -> PromQL expression; a legend may contain labels, for example {{shard}}
     limit  value of a red line, for example the threshold of an alert; None: no line

@@ -51,7 +51,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Keys",
-            "short",
+            "cps",
             "Keys per second in served requests, by table.",
             {"{{table}}": rate("ps_keys_total", "table")},
             Kind.STACKED,
@@ -157,7 +157,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Failures between requests",
-            "short",
+            "cps",
             "Failures per second of moves of rows, and of reads ahead of requests. The log of the"
             " shard says why.",
             {SHARD: rate("ps_engine_failures_total", "shard")},
@@ -166,7 +166,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
     "Admission and eviction": (
         Panel(
             "Admitted and refused keys",
-            "short",
+            "cps",
             "New keys per second that pushes brought: admitted keys get a row, refused ones do"
             " not yet.",
             {
@@ -176,7 +176,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Dropped gradients",
-            "short",
+            "cps",
             "Gradients per second that had no effect, because their key has no row yet.",
             {"{{table}}": rate("ps_dropped_gradients_total", "table")},
         ),
@@ -194,7 +194,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Evicted rows",
-            "short",
+            "cps",
             "Rows per second that the eviction rules deleted, by rule.",
             {"{{table}} {{cause}}": rate("ps_evicted_rows_total", "table, cause")},
         ),

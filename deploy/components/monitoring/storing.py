@@ -46,7 +46,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Moves of rows",
-            "short",
+            "cps",
             "Rows per second that were copied from disk to memory (promoted), that left memory"
             " (demoted), and that were written to disk (flushed).",
             {
@@ -286,7 +286,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Records of the audit log",
-            "short",
+            "cps",
             "Records per second that were written, and those that could not be written. No line"
             " without an audit log.",
             {
@@ -304,7 +304,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Moves between GPU memory and host memory",
-            "short",
+            "cps",
             "Rows per second that were moved to the GPU, and that left it. No line without a GPU.",
             {
                 "to the GPU": rate("ps_gpu_promotions_total", "job"),
