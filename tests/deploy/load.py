@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from psclient.errors import PsError
 KEYS = 400_000  # of the table "user", whose rows do not fit into memory
 BATCH = 2_000
 DIM = 16
+CROWD = 6  # clients that pull many rows at the same time
 PAUSE = 0.1  # seconds between two steps of a trainer
 
 
@@ -34,6 +37,7 @@ class Load:
         self.errors: list[BaseException] = []
         self.steps = 0
         self.changes = 0
+        self.overloaded = 0
 
     def start(self) -> Load:
         """Create and fill the tables, then start the threads."""
@@ -121,12 +125,22 @@ class Load:
                     return
 
     def _exceed(self) -> None:
-        """Pull many rows without the same-host lane, and do what shards refuse."""
-        with self._client(lane="never") as client:
-            user = client.table("user")
+        """Pull more rows without the same-host lane than the shards can have in flight, and do what
+        they refuse.
+        """
+        with ExitStack() as stack:
+            crowd = [
+                stack.enter_context(self._client(lane="never", retry_refused=False))
+                for _ in range(CROWD)
+            ]
+            client, pool = crowd[0], stack.enter_context(ThreadPoolExecutor(CROWD))
+            tables, keys = [each.table("user") for each in crowd], np.arange(120_000)
             sketch = {"expected_keys": 100_000_000}
             while not self._ended.wait(self._seconds / 4):
-                user.pull(np.arange(60_000))
+                pulls = [pool.submit(table.pull, keys) for table in tables]
+                errors = [error for pull in pulls if (error := pull.exception())]
+                assert {getattr(each, "reason", None) for each in errors} <= {"OVERLOADED"}, errors
+                self.overloaded += len(errors)
                 self._refused(
                     "OUT_OF_MEMORY",
                     lambda: client.create_table(

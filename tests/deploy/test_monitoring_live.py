@@ -133,6 +133,7 @@ def watched(
         load.stop()
         assert load.steps > 10
         assert load.changes > 10
+        assert load.overloaded > 0
         yield Watched(prometheus, webhook, end)
 
 
@@ -156,6 +157,15 @@ def test_the_expression_has_a_result(name: str, watched: Watched) -> None:
     found = watched.prometheus.query(EXPRESSIONS[name], watched.end)
     numbers = [series for series in found if series["value"][1] != "NaN"]
     assert bool(numbers) == (name not in ELSEWHERE), f"{EXPRESSIONS[name]}: {found}"
+
+
+def test_refusals_and_waits_of_an_overload_are_seen(watched: Watched) -> None:
+    for expression in (
+        'sum(increase(ps_errors_total{reason="OVERLOADED"}[2m]))',
+        "sum(increase(ps_request_queue_seconds_count[2m]))",
+    ):
+        (found,) = watched.prometheus.query(expression, watched.end)
+        assert float(found["value"][1]) > 0, expression
 
 
 def test_an_alert_arrives_and_resolves(cluster: Cluster, watched: Watched) -> None:

@@ -55,8 +55,8 @@ class Alert:
         }
 
 
-# Methods that change rows. Others fail for lack of memory or disk space too, such as the creation of
-# a table that is too large, but then pushes may go on.
+# Methods that change rows. Others fail for lack of memory or disk space too, such as the creation
+# of a table that is too large, but then pushes may go on.
 CHANGES = "Push|Exchange|Delete|Stream|Lane"
 
 
