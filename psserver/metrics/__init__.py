@@ -6,6 +6,7 @@ metric. Keys and clients are never labels, because there are too many of them.
 
 samples.py      make metrics of prometheus_client from counts
 labels.py       give label values to tables, so that the series stay bounded
+reading.py      read many tables without Python's garbage collector
 start.py        the build, and the phase of the server
 traffic.py      requests: latency, size, keys, bytes and errors
 tables.py       tiers, admission, eviction and damage, by table

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from psserver.errors import Refused
 from psserver.metrics.labels import Folded, Labels, TableLabels, fill, summed
+from psserver.metrics.reading import read_at_once
 from psserver.metrics.samples import counter, gauge
 from psserver.shard import Shard
 from storage.errors import UnknownTable
@@ -89,6 +90,9 @@ class TableCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of all tables."""
+        yield from read_at_once(self._collect)
+
+    def _collect(self) -> Iterator[Metric]:
         shard, names = self._shard, self._shard.tables()
         own, values = self._labels.choose(names), Values()
         for name in names:

@@ -8,6 +8,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from psserver.metrics.labels import Folded, FoldedHistogram, TableLabels, fill
+from psserver.metrics.reading import read_at_once
 from psserver.metrics.samples import add, counter, gauge, histogram
 from psserver.shard import Shard
 from psserver.stats import CROWDS, ServiceStats
@@ -40,7 +41,7 @@ class TrafficCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of requests, then the number of open streams."""
         yield from self._by_lane()
-        yield from self._by_table()
+        yield from read_at_once(self._by_table)
         yield from self._by_clients()
         errors = counter("ps_errors", "Requests that failed.", labels=("method", "code", "reason"))
         for what, count in (ALERTED | self._stats.errors).items():

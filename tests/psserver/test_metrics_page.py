@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import subprocess
 import threading
@@ -33,6 +34,7 @@ from psserver.exchange import Exchanges
 from psserver.metrics.access import AccessCollector
 from psserver.metrics.budgets import _gpu
 from psserver.metrics.certificates import CertificateCollector
+from psserver.metrics.reading import read_at_once
 from psserver.metrics.samples import counter
 from psserver.metrics.tables import GPU_COUNTERS
 from psserver.security.guard import guard_of
@@ -249,6 +251,22 @@ def test_every_budget_has_room_left(page: Page) -> None:
     resident = found["process_resident_memory_bytes", ()]
     assert 0.2 * resident < limit - headroom < resident  # without pages of files
     assert 0 < found["ps_disk_free_bytes", ()] < found["ps_disk_size_bytes", ()]
+
+
+def test_the_garbage_collector_rests_while_tables_are_read() -> None:
+    during: list[bool] = []
+
+    def read(fails: bool) -> Iterator[Metric]:
+        during.append(gc.isenabled())
+        yield counter("ps_x", "Of the test.", 1)
+        if fails:
+            raise ValueError("of the test")
+
+    assert [each.name for each in read_at_once(lambda: read(fails=False))] == ["ps_x"]
+    with pytest.raises(ValueError, match="of the test"):
+        read_at_once(lambda: read(fails=True))
+    assert during == [False, False]
+    assert gc.isenabled()
 
 
 # ---- before the shard is recovered
