@@ -121,6 +121,7 @@ info.py          what GetServerInfo, Diagnose and GetStatus report
 service.py       the gRPC methods of all services
 metrics/samples.py      make metrics of prometheus_client from counts
 metrics/labels.py       give label values to tables, so that the series stay bounded
+metrics/reading.py      read many tables without Python's garbage collector
 metrics/start.py        metrics of the build and of the phase of the server
 metrics/traffic.py      metrics of requests
 metrics/tables.py       metrics of tables: tiers, admission, eviction and damage
