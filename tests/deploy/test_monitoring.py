@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 import urllib.request
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from rendering import DEPLOY, ROOT, kustomized, only, parse
 from servers import Cluster
 from tools import program, run
@@ -136,6 +139,20 @@ def test_the_file_is_the_one_of_its_source(source: str, file: str) -> None:
     command = [sys.executable, "-m", f"deploy.components.monitoring.{source}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (MONITORING / file).read_text() == done.stdout
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_grafana_has_a_type_for_every_field_of_the_dashboard(wrong: bool) -> None:
+    """The types of Grafana's SDK come from its schema. Reading drops fields that they lack."""
+    with warnings.catch_warnings():  # the SDK prefers a newer form, which Grafana 10 cannot import
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("grafana_foundation_sdk.cog.plugins").register_default_plugins()
+        model = import_module("grafana_foundation_sdk.models.dashboard")
+    written = json.loads((MONITORING / "dashboard.json").read_text())
+    if wrong:
+        written["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
+    read = model.Dashboard.from_json(written)
+    assert (json.loads(json.dumps(read, cls=JSONEncoder)) != written) == wrong
 
 
 def test_production_applies_the_alerts_and_the_dashboard() -> None:
