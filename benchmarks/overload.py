@@ -186,8 +186,11 @@ def watched(name: str, watch: Watch) -> list[Row]:
     return [{"calls": each, "while": name, **milliseconds(found)} for each, found in calls.items()]
 
 
-def start(stack: ExitStack) -> tuple[Any, subprocess.Popen[str], str]:
-    """Start a server in a cgroup, on the first core; return (cgroup, process, address)."""
+def start(stack: ExitStack, *flags: str) -> tuple[Any, subprocess.Popen[str], str]:
+    """Start a server in a cgroup, on the first core; return (cgroup, process, address).
+
+    flags  further flags of the server
+    """
     sys.path.append(str(Path(__file__).parents[1] / "tests" / "fault"))
     cgroups: Any = importlib.import_module("cgroups")
     group, port = stack.enter_context(cgroups.limited(LIMIT)), free_ports(1)
@@ -196,7 +199,7 @@ def start(stack: ExitStack) -> tuple[Any, subprocess.Popen[str], str]:
         group.enter()
         os.sched_setaffinity(0, {0})
 
-    command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0", *flags]
     process = subprocess.Popen(
         [*command, "--port", str(port)], stdout=subprocess.PIPE, text=True, preexec_fn=enter
     )
