@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cgroups import Group, limited
+from lanes import Memory, RawLane, offer_of, pull, reason
 from servers import free_ports, serve_in
 
 from benchmarks.flood import DIM, HELD, ROWS, TABLE
@@ -20,6 +23,8 @@ from benchmarks.overload import Generator, Watch
 from benchmarks.servers import helper
 from benchmarks.work import keys_of
 from psclient import Client
+from psproto import lanes
+from psproto import ps_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1 << 30  # bytes of the cgroup; a flood has 1 GB of requests
@@ -75,7 +80,8 @@ def server() -> Iterator[Served]:
             why = str(error)
         enter: Callable[[], None] | None = None if group is None else group.enter
         port = free_ports(1)
-        process = serve_in(enter, "--port", str(port), "--metrics-port", "0")
+        lane = stack.enter_context(tempfile.TemporaryDirectory(prefix="ps-test-"))
+        process = serve_in(enter, "--port", str(port), "--metrics-port", "0", "--lane", lane)
         stack.callback(process.communicate)
         stack.callback(process.kill)
         assert process.stdout is not None
@@ -141,3 +147,48 @@ class TestFlood:
             pytest.skip(server.unlimited)
         assert server.group.kills == 0
         assert server.group.anonymous < LIMIT
+
+
+def replies(lane: RawLane, count: int) -> Iterator[pb.StreamResponse]:
+    """Yield the next replies to requests that were sent without waiting."""
+    data = b""
+    for _ in range(count):
+        while len(data) < 4 or len(data) < 4 + lanes.LENGTH.unpack_from(data)[0]:
+            piece = lane.socket.recv(1 << 16)
+            assert piece, "the server closed the connection"
+            data += piece
+        end = 4 + lanes.LENGTH.unpack_from(data)[0]
+        yield lanes.decode_response(data[4:end])
+        data = data[end:]
+
+
+@pytest.mark.slow
+def test_a_flood_through_the_same_host_lane_does_not_delay_others(server: Served) -> None:
+    """Its client sends as fast as the socket takes it: that costs it little."""
+    keys, count, sent, waited = keys_of(np.arange(10_000)), 3000, dict[int, float](), list[float]()
+    with Client([server.address], lane="never") as client:
+        offer = offer_of(client)
+    memory = Memory(offer.token, size=4 << 20)
+    memory.put(64, keys)
+    part = pull(TABLE, len(keys), DIM, at=64, room=64 + keys.nbytes)
+    with RawLane(offer.path, offer.token) as lane, Watch(server.address) as watch:
+        assert reason(lane.register(memory)) == ""
+
+        def send() -> None:
+            for id in range(10, 10 + count):
+                sent[id] = time.perf_counter()
+                lane.send(lanes.framed(pb.LaneRequest(id=id, pulls=[part]).SerializeToString()))
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        reasons = []
+        for reply in replies(lane, count):
+            waited.append(time.perf_counter() - sent[reply.id])
+            reasons.append(reason(reply))
+        sender.join()
+    memory.close()
+    assert set(reasons) <= {"", "OVERLOADED"}
+    assert len(watch.quiet) >= 5
+    assert np.isfinite(watch.quiet).all()
+    assert np.median(watch.quiet) < np.median(waited) / 3
+    assert all(watch.admin.values())
