@@ -6,8 +6,9 @@ for. Servers of older releases, which do not have GetStatus, are only asked for 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ OVER = (  # phases in which no restore runs
     pb.RestoreStatus.PHASE_RELEASED,
     pb.RestoreStatus.PHASE_ABORTED,
 )
+KEPT_SECONDS = 10.0  # time for which a Watch looks for no other servers behind a name
 PREPARED = pb.RestoreStatus.PHASE_PREPARED
 STATES = {  # by reason of the error
     "STARTING": "starting",
@@ -89,78 +91,140 @@ def status(
     timeout  seconds to wait for each shard, and for the search behind a name
     access   how to connect; None: as the environment variables say
     """
-    access = access or Access()
-    if isinstance(where, str):
-        return _behind(where, max(timeout, 0.01), access)
-    shards = range(len(where))
-    with ThreadPoolExecutor(max(1, min(len(where), 64)), "psclient-status") as pool:
-        return list(
-            pool.map(lambda i: _ask(i, len(where), where[i], max(timeout, 0.01), access), shards)
-        )
+    with closing(Watch(where, access)) as watch:
+        return watch.status(timeout)
 
 
-def _behind(name: str, timeout: float, access: Access) -> list[ShardStatus]:
-    """Return the state of every shard behind a DNS name; see ``status``.
+class Watch:
+    """Asks all shards for their state as often as ``status`` is called; its connections stay open.
 
-    Shards that were not found are "unreachable". Servers that belong to no shard follow after the
-    shards, and are "misplaced". If there is none, or more than one cluster, the
-    list has one item, with the reason.
+    where   "host:port" of every shard, in order; or one "name:port" that leads to all shards
+    access  how to connect; None: as the environment variables say
+
+    Must be used by one thread, and closed. Raises InvalidArgument for invalid variables.
     """
-    if wrong := addresses.problem(name):
-        text = f"{name!r}: {wrong}"
-        return [ShardStatus(shard=0, address=name, state="unreachable", problem=text)]
-    discovery = Discovery(name, access)
-    deadline = time.monotonic() + timeout
-    with closing(discovery):
-        while not (discovery.complete() or discovery.heard) and time.monotonic() < deadline:
-            discovery.step(deadline)
-        known, problem = {each.shard: each for each in discovery.best()}, discovery.problem()
-    if not known or isinstance(problem, InvalidArgument):
-        return [ShardStatus(shard=0, address=name, state="unreachable", problem=str(problem))]
-    shards = next(iter(known.values())).shards
-    with ThreadPoolExecutor(min(shards, 64), "psclient-status") as pool:
-        asked = {
-            i: pool.submit(_ask, i, shards, each.address, timeout, access, host_of(name))
-            for i, each in known.items()
-        }
-    gone = [i for i in range(shards) if i not in asked]
-    missing = [
-        ShardStatus(shard=i, address=name, state="unreachable", problem=str(problem)) for i in gone
-    ]
-    answered = [each.result() for each in asked.values()]
-    surplus = [
-        ShardStatus(shard=i, address=each, state="misplaced", problem=discovery.errors[each])
-        for i, each in enumerate(sorted(discovery.surplus), shards)
-    ]
-    return sorted((*answered, *missing, *surplus), key=lambda each: each.shard)
+
+    def __init__(self, where: str | Sequence[str], access: Access | None = None) -> None:
+        self._where = where
+        self._access = access or Access()
+        self._channels: dict[tuple[str, str], Channel] = {}  # by address and name
+        self._opening = threading.Lock()
+        most = 64 if isinstance(where, str) else max(1, min(len(where), 64))
+        self._pool = ThreadPoolExecutor(most, "psclient-status")
+        self._behind_name: dict[int, str] = {}  # shard -> address; empty: look for them
+        self._searched = 0.0  # monotonic time at which they were found
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.shutdown()
+        for channel in self._channels.values():
+            channel.close()
+
+    def status(self, timeout: float = 5.0) -> list[ShardStatus]:
+        """Return the state of every shard, in order.
+
+        timeout  seconds to wait for each shard, and for the search behind a name
+        """
+        timeout = max(timeout, 0.01)
+        if isinstance(self._where, str):
+            return self._behind(self._where, timeout)
+        return self._ask_all(dict(enumerate(self._where)), len(self._where), timeout)
+
+    def _ask_all(
+        self, servers: Mapping[int, str], shards: int, timeout: float, name: str = ""
+    ) -> list[ShardStatus]:
+        """Ask some shards; return their states in the order of ``servers``.
+
+        servers  shard -> its address
+        shards   number of shards in the cluster
+        timeout  seconds
+        name     DNS name through which the shards were found; "": none
+        """
+
+        def ask(server: tuple[int, str]) -> ShardStatus:
+            shard, address = server
+            if wrong := addresses.problem(address):
+                problem = f"{address!r}: {wrong}"
+                return ShardStatus(
+                    shard=shard, address=address, state="unreachable", problem=problem
+                )
+            return _ask(self._channel(address, name), shard, shards, address, timeout)
+
+        return list(self._pool.map(ask, servers.items()))
+
+    def _channel(self, address: str, name: str) -> Channel:
+        """Return the connection to an address that was found through the DNS name ``name``."""
+        with self._opening:
+            found = self._channels.get((address, name))
+            if found is None:
+                found = Channel(Route(address, name=name), self._access)
+                self._channels[address, name] = found
+            return found
+
+    def _behind(self, name: str, timeout: float) -> list[ShardStatus]:
+        """Return the state of every shard behind a DNS name; ``timeout`` in seconds.
+
+        Shards that were not found are "unreachable". Servers that belong to no shard follow after
+        the shards, and are "misplaced". If there is none, or more than one cluster, the list has
+        one item, with the reason. Shards that were all found and ready are asked again for
+        KEPT_SECONDS without a new search.
+        """
+        if wrong := addresses.problem(name):
+            text = f"{name!r}: {wrong}"
+            return [ShardStatus(shard=0, address=name, state="unreachable", problem=text)]
+        host, known = host_of(name), self._behind_name
+        if known and time.monotonic() - self._searched < KEPT_SECONDS:
+            answered = self._ask_all(known, len(known), timeout, host)
+            if all(each.ready for each in answered):
+                return answered
+        return self._search(name, timeout)
+
+    def _search(self, name: str, timeout: float) -> list[ShardStatus]:
+        """Look for the shards behind a DNS name and ask them; see ``_behind``."""
+        discovery = Discovery(name, self._access)
+        deadline = time.monotonic() + timeout
+        with closing(discovery):
+            while not (discovery.complete() or discovery.heard) and time.monotonic() < deadline:
+                discovery.step(deadline)
+            found, problem = {each.shard: each for each in discovery.best()}, discovery.problem()
+        self._behind_name = {}
+        if not found or isinstance(problem, InvalidArgument):
+            return [ShardStatus(shard=0, address=name, state="unreachable", problem=str(problem))]
+        shards = next(iter(found.values())).shards
+        servers = {shard: found[shard].address for shard in sorted(found)}
+        answered = self._ask_all(servers, shards, timeout, host_of(name))
+        gone = [i for i in range(shards) if i not in found]
+        missing = [
+            ShardStatus(shard=i, address=name, state="unreachable", problem=str(problem))
+            for i in gone
+        ]
+        surplus = [
+            ShardStatus(shard=i, address=each, state="misplaced", problem=discovery.errors[each])
+            for i, each in enumerate(sorted(discovery.surplus), shards)
+        ]
+        if not missing and not surplus and all(each.ready for each in answered):
+            self._behind_name, self._searched = servers, time.monotonic()
+        return sorted((*answered, *missing, *surplus), key=lambda each: each.shard)
 
 
-def _ask(
-    shard: int, shards: int, address: str, timeout: float, access: Access, name: str = ""
-) -> ShardStatus:
+def _ask(channel: Channel, shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
     """Ask one shard for its state. An error becomes part of the result.
 
+    channel  connection to it
     shard    position of its address in the list
     shards   number of addresses in the list
     timeout  seconds
-    access   how to connect
-    name     DNS name through which the shard was found; "": none
     """
-    if wrong := addresses.problem(address):
-        return ShardStatus(
-            shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
-        )
     live = None
     try:
-        with closing(Channel(Route(address, name=name), access)) as channel:
-            live = _live(channel, timeout, address)
-            if live is not None and live.phase == pb.PHASE_READY:
-                return _ready(live, shard, shards, address)
-            info = call_shard(
-                channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
-            )
-            answer = answer_of(pb.GetServerInfoResponse, info, address)
-            state, problem = _state(channel, answer, shard, shards, address, timeout)
+        live = _live(channel, timeout, address)
+        if live is not None and live.phase == pb.PHASE_READY:
+            return _ready(live, shard, shards, address)
+        info = call_shard(
+            channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
+        )
+        answer = answer_of(pb.GetServerInfoResponse, info, address)
+        state, problem = _state(channel, answer, shard, shards, address, timeout)
     except PsError as error:
         state = STATES.get(error.reason, "unreachable")
         if isinstance(error, (Unauthenticated, PermissionDenied)):

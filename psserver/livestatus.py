@@ -156,6 +156,8 @@ class LiveStatus:
             status.errors.add(method=method, code=code, reason=reason, count=count)
         status.recent_errors.extend(self._stats.recent.newest())
         status.streams = self._stats.streams
+        status.requests_waiting = self._stats.waiting()
+        status.request_queue.MergeFrom(_timing([self._stats.queued]))
         status.engine.waiting = self._engine.waiting
         status.engine.failures = self._engine.failures
         status.engine.busy_seconds = self._engine.busy_seconds

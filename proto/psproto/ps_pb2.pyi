@@ -1077,7 +1077,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("release", "shard", "shards", "cluster", "advertise", "start", "time", "uptime_seconds", "phase", "phase_seconds", "version", "rows", "table_count", "tables", "methods", "errors", "recent_errors", "engine", "log", "subscribers", "storage", "budgets", "lanes", "streams", "cpu_seconds", "certificate_expires", "gpu_paused", "damaged_blocks")
+    __slots__ = ("release", "shard", "shards", "cluster", "advertise", "start", "time", "uptime_seconds", "phase", "phase_seconds", "version", "rows", "table_count", "tables", "methods", "errors", "recent_errors", "engine", "log", "subscribers", "storage", "budgets", "lanes", "streams", "cpu_seconds", "certificate_expires", "gpu_paused", "damaged_blocks", "requests_waiting", "request_queue")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
@@ -1106,6 +1106,8 @@ class GetStatusResponse(_message.Message):
     CERTIFICATE_EXPIRES_FIELD_NUMBER: _ClassVar[int]
     GPU_PAUSED_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_QUEUE_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shards: int
@@ -1134,7 +1136,9 @@ class GetStatusResponse(_message.Message):
     certificate_expires: float
     gpu_paused: bool
     damaged_blocks: int
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., time: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., phase: _Optional[_Union[Phase, str]] = ..., phase_seconds: _Optional[float] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., table_count: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ..., recent_errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ..., engine: _Optional[_Union[EngineStatus, _Mapping]] = ..., log: _Optional[_Union[LogStatus, _Mapping]] = ..., subscribers: _Optional[_Union[FeedStatus, _Mapping]] = ..., storage: _Optional[_Union[StorageStatus, _Mapping]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., lanes: _Optional[_Union[LaneStatus, _Mapping]] = ..., streams: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., certificate_expires: _Optional[float] = ..., gpu_paused: bool = ..., damaged_blocks: _Optional[int] = ...) -> None: ...
+    requests_waiting: int
+    request_queue: Timing
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., time: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., phase: _Optional[_Union[Phase, str]] = ..., phase_seconds: _Optional[float] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., table_count: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[TableStatus, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodStatus, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ..., recent_errors: _Optional[_Iterable[_Union[RecentError, _Mapping]]] = ..., engine: _Optional[_Union[EngineStatus, _Mapping]] = ..., log: _Optional[_Union[LogStatus, _Mapping]] = ..., subscribers: _Optional[_Union[FeedStatus, _Mapping]] = ..., storage: _Optional[_Union[StorageStatus, _Mapping]] = ..., budgets: _Optional[_Iterable[_Union[Budget, _Mapping]]] = ..., lanes: _Optional[_Union[LaneStatus, _Mapping]] = ..., streams: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., certificate_expires: _Optional[float] = ..., gpu_paused: bool = ..., damaged_blocks: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., request_queue: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class TableStatus(_message.Message):
     __slots__ = ("name", "rows", "bytes", "tiers", "requests", "pulled_keys", "pushed_keys", "damaged_blocks", "lost_rows")

@@ -34,6 +34,8 @@ class ShardRates:
     p99_seconds: float | None
     engine_busy: float | None  # share of the time in which the engine thread ran, 0..1
     queue_wait_seconds: float | None  # 99th percentile of the waits for the engine thread
+    requests_waiting: int | None  # requests that wait for their turn
+    turn_wait_seconds: float | None  # 99th percentile of their waits; None: none had to wait
     cpu: float | None  # processor time per time; 2.0: two cores
     memory_bytes: int | None  # of tables; the next is its limit
     memory_limit_bytes: int | None
@@ -126,6 +128,7 @@ def _shard(old: pb.GetStatusResponse | None, status: ShardStatus) -> ShardRates:
     memory, gpu = budgets.get("host_bytes"), budgets.get("hbm_bytes")
     disk = budgets.get("disk")
     waits = _difference(old and old.engine.queue_wait, known.engine.queue_wait)
+    turns = _difference(old and old.request_queue, known.request_queue)
     times = _latency(old, known)
 
     def rate(count: Callable[[pb.GetStatusResponse], float]) -> float | None:
@@ -151,6 +154,8 @@ def _shard(old: pb.GetStatusResponse | None, status: ShardStatus) -> ShardRates:
         p99_seconds=quantile(times, 0.99) if old is not None else None,
         engine_busy=rate(lambda s: s.engine.busy_seconds),
         queue_wait_seconds=quantile(waits, 0.99) if old is not None else None,
+        requests_waiting=None if new is None else new.requests_waiting,
+        turn_wait_seconds=quantile(turns, 0.99) if old is not None else None,
         cpu=rate(lambda s: s.cpu_seconds),
         memory_bytes=memory.used if memory else None,
         memory_limit_bytes=memory.limit if memory else None,

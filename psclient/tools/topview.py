@@ -206,6 +206,8 @@ COLUMNS = (
     Column("p99", lambda each: duration(each.p99_seconds)),
     Column("busy", lambda each: percent(each.engine_busy)),
     Column("wait", lambda each: duration(each.queue_wait_seconds)),
+    Column("queue", lambda each: count(each.requests_waiting), wide=True),
+    Column("turn", lambda each: duration(each.turn_wait_seconds), wide=True),
     Column("CPU", lambda each: percent(each.cpu), wide=True),
     Column(
         "mem",

@@ -2,6 +2,7 @@
 // Rates, percentiles and problems from the documents of /status.json. Nothing here touches the page.
 
 const WINDOW = 5; // seconds over which rates and percentiles are taken
+const LONG_WAIT = 0.25; // seconds of waiting for a turn that are a warning: half of what a server allows
 const STALE = 4; // seconds after which a shard's figures are called old
 
 // ---- numbers as text
@@ -136,7 +137,7 @@ class Shard {
       refused: rate(refusals(now), refusals(then)),
       latency: together(methods.map((each) => each.latency)),
       busy: now.engine && then.engine ? rate(now.engine.busy_seconds, then.engine.busy_seconds) : null,
-      wait: timingBetween(now.engine && now.engine.queue_wait, then.engine && then.engine.queue_wait),
+      queue: timingBetween(now.request_queue, then.request_queue),
       fsync: timingBetween(now.log && now.log.fsync, then.log && then.log.fsync),
     };
   }
@@ -145,6 +146,9 @@ class Shard {
 function refusals(status) {
   return sum(status.errors.filter((each) => each.code === "RESOURCE_EXHAUSTED").map((each) => each.count));
 }
+
+// Whether a shard has read its rows: before, it knows neither tables nor requests.
+const recovered = (status) => Boolean(status.engine);
 
 const phaseOf = (status) => status.phase.replace("PHASE_", "").toLowerCase().replaceAll("_", " ");
 
@@ -193,6 +197,8 @@ function problemsOf(entry, shard) {
   }
   if (status.subscribers && status.subscribers.lag_seconds > 10) say(WARN, `: a subscriber is ${duration(status.subscribers.lag_seconds)} behind`);
   if (recent && recent.busy > 0.9) say(WARN, `has a busy engine (${percent(recent.busy)}): it is near its capacity`);
+  const waited = recent ? quantile(recent.queue.bounds, recent.queue.buckets, 0.99) : null;
+  if (waited > LONG_WAIT) say(WARN, `lets requests wait for their turn (p99 ${milliseconds(waited)}): more arrive than it can serve`);
   if (recent && recent.refused > 0) say(WARN, `refuses ${count(recent.refused)} requests per second (RESOURCE_EXHAUSTED)`);
   if (status.gpu_paused) say(WARN, "moves no rows to the GPU: it has no memory");
   const left = status.certificate_expires ? status.certificate_expires - status.time : Infinity;

@@ -122,7 +122,7 @@ function showTotals(entries, live, problems) {
   const lag = most(live.map(([entry]) => (entry.status.subscribers ? entry.status.subscribers.lag_seconds : null)));
   showCards([
     ["shards ready", `${ready} of ${entries.length}`, ready === entries.length ? "" : BAD],
-    ["rows", count(sum(live.map(([entry]) => entry.status.rows)))],
+    ["rows", count(live.some(([entry]) => recovered(entry.status)) ? sum(live.map(([entry]) => entry.status.rows)) : null)],
     ["requests per second", count(some(sum(recents.map((each) => each.requests))))],
     ["keys per second", count(some(sum(recents.map((each) => each.keys))))],
     ["p50 latency", milliseconds(quantile(latency.bounds, latency.buckets, 0.5))],
@@ -139,12 +139,18 @@ function showTotals(entries, live, problems) {
   document.title = `${ready}/${entries.length} ready · ${element("cluster").textContent}`;
 }
 
+// How many requests wait for their turn, and the 99th percentile of recent waits.
+function waitOf(status, recent) {
+  const seconds = quantile(recent.queue.bounds, recent.queue.buckets, 0.99), waiting = count(status.requests_waiting || 0);
+  return { text: seconds === null ? waiting : `${waiting} (${milliseconds(seconds)})`, state: seconds > LONG_WAIT ? WARN : "" };
+}
+
 function showShards(entries) {
   const rows = entries.map((entry) => {
     const status = entry.status, shard = shards.get(entry.shard), dead = Boolean(entry.problem);
     const state = problemsOf(entry, shard).reduce((a, [severity]) => (a === BAD ? a : severity), "");
-    if (!status) return { state: BAD, cells: [String(entry.shard), { text: "no answer", state: BAD }, entry.address, ...Array(9).fill("")] };
-    const recent = dead ? null : shard.recent, latency = recent ? recent.latency : { bounds: [], buckets: [] };
+    if (!status) return { state: BAD, cells: [String(entry.shard), { text: "no answer", state: BAD }, entry.address, ...Array(10).fill("")] };
+    const recent = dead || !recovered(status) ? null : shard.recent, latency = recent ? recent.latency : { bounds: [], buckets: [] };
     const memory = status.budgets.find((each) => each.name === "host_bytes");
     const phase = dead ? "no answer" : phaseOf(status);
     return {
@@ -154,18 +160,19 @@ function showShards(entries) {
         { text: phase, state: phase === "ready" ? "ok" : BAD },
         entry.address || status.advertise,
         dead ? "" : duration(status.uptime_seconds),
-        count(status.rows),
+        recovered(status) ? count(status.rows) : "–",
         memory ? { text: `${bytes(memory.used)} of ${bytes(memory.limit)}`, share: shareOf(memory) } : "",
         recent ? count(recent.requests) : "",
         recent ? milliseconds(quantile(latency.bounds, latency.buckets, 0.5)) : "",
         recent ? milliseconds(quantile(latency.bounds, latency.buckets, 0.99)) : "",
         recent && recent.busy !== null ? { text: percent(recent.busy), state: recent.busy > 0.9 ? WARN : "" } : "",
+        recent ? waitOf(status, recent) : "",
         recent && recent.errors ? { text: count(recent.errors), state: WARN } : recent ? "0" : "",
         !status.subscribers || dead ? "" : status.subscribers.subscribers ? `${status.subscribers.subscribers} (${duration(status.subscribers.lag_seconds)})` : "0",
       ],
     };
   });
-  fill("shards", [["shard", "head"], ["state", "text"], ["address", "long"], ["up"], ["rows"], ["memory of tables"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["failed/s"], ["subscribers (lag)"]], rows);
+  fill("shards", [["shard", "head"], ["state", "text"], ["address", "long"], ["up"], ["rows"], ["memory of tables"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["waiting (p99)"], ["failed/s"], ["subscribers (lag)"]], rows);
 }
 
 function showMethods(live) {
@@ -213,7 +220,7 @@ function showTables(live) {
   fill("tables", [["table", "head"], ["rows"], ["memory"], ["rows by tier", "text"], ["hits in fastest tier"], ["requests/s"], ["keys pulled/s"], ["keys pushed/s"], ["damage"]], rows);
   const total = Math.max(sorted.length, ...live.map(([entry]) => entry.status.table_count));
   const rest = total - rows.length;
-  setText(element("more-tables"), !total ? "There are no tables." : rest > 0 ? `${count(rest)} smaller tables are not shown: see psctl tables.` : "");
+  setText(element("more-tables"), !live.some(([entry]) => recovered(entry.status)) ? "No shard has read its tables yet." : !total ? "There are no tables." : rest > 0 ? `${count(rest)} smaller tables are not shown: see psctl tables.` : "");
 }
 
 function showBudgets(live) {

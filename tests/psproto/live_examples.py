@@ -79,6 +79,8 @@ STATUS = pb.GetStatusResponse(
     certificate_expires=1e9,
     gpu_paused=True,
     damaged_blocks=1,
+    requests_waiting=6,
+    request_queue=TIMING,
 )
 LIVE: list[Message] = [
     *(TIMING, TABLE, METHOD, COUNT, RECENT, ENGINE, LOG, FEED, STORAGE, BUDGET, LANES),

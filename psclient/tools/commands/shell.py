@@ -23,7 +23,7 @@ from psclient.access import Access, Security
 from psclient.addresses import checked_where, is_name
 from psclient.client import Client
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
-from psclient.status import ShardStatus, status
+from psclient.status import ShardStatus, Watch, status
 from psclient.tls import Tls
 from psclient.tools.commands import exits, output
 from psclient.tools.commands.exits import Exit
@@ -149,6 +149,10 @@ class Session:
     def status(self, timeout: float = 5.0) -> list[ShardStatus]:
         """Ask every shard for its state, at most ``timeout`` seconds. Works if some are down."""
         return status(self.addresses, timeout=timeout, access=self.access)
+
+    def watch(self) -> Watch:
+        """Return a Watch, to ask every shard for its state again and again. It must be closed."""
+        return Watch(self.addresses, self.access)
 
     @contextmanager
     def client(self, timeout: float | None = None) -> Iterator[Client]:

@@ -7,7 +7,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from typing import Annotated
 
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from psclient.status import ShardStatus
+from psclient.status import ShardStatus, Watch
 from psclient.tools.commands.output import Output
 from psclient.tools.commands.shell import Session, command
 from psclient.tools.rates import Sample, sample
@@ -75,19 +75,20 @@ def _samples(
 ) -> Callable[[Wait], Iterator[Sample]]:
     """Return a function that yields a sample per interval, and waits with its argument."""
 
-    def ask() -> tuple[list[ShardStatus], float]:
-        found = session.status(timeout=max(interval, 0.5))
+    def ask(watch: Watch) -> tuple[list[ShardStatus], float]:
+        found = watch.status(timeout=max(interval, 0.5))
         return found, time.monotonic()
 
     def samples(wait: Wait) -> Iterator[Sample]:
-        (before, began), due = ask(), time.monotonic()
-        for _ in range(iterations) if iterations else count():
-            due = max(due + interval, time.monotonic())
-            if not wait(due):
-                return
-            now, ended = ask()
-            yield sample(before, now, time=time.time(), seconds=ended - began)
-            before, began = now, ended
+        with closing(session.watch()) as watch:
+            (before, began), due = ask(watch), time.monotonic()
+            for _ in range(iterations) if iterations else count():
+                due = max(due + interval, time.monotonic())
+                if not wait(due):
+                    return
+                now, ended = ask(watch)
+                yield sample(before, now, time=time.time(), seconds=ended - began)
+                before, began = now, ended
 
     return samples
 

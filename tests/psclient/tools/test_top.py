@@ -155,6 +155,7 @@ WIDEST = ShardRates(
         "engine_busy": 0.999,
         "cpu": 12.5,
         "queue_wait_seconds": 0.000999,
+        "turn_wait_seconds": 0.000999,
         "p50_seconds": 0.0099,
         "p99_seconds": 5999,
         "memory_bytes": 999_999_999_999,
