@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from typing import TypeVar
 
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
@@ -33,7 +34,11 @@ from storage.versionlog import VersionLog
 
 MOST_TABLES = 256  # maximum number of tables in a status
 TEXT = 256  # maximum length of a text, in characters
-TOGETHER = 16  # tables that are described without a pause for other threads
+DESCRIBED = 16  # tables that are described without a pause for other threads
+COUNTED = 128  # tables whose rows, or damaged blocks, are counted without a pause
+
+
+_Item = TypeVar("_Item")
 
 
 class LiveStatus:
@@ -104,12 +109,14 @@ class LiveStatus:
     def _read_tables(self, shard: Shard, most: int, status: pb.GetStatusResponse) -> None:
         """Fill in the version, the totals, and the ``most`` tables with the most rows."""
         names = shard.tables()
-        sizes = [(shard.rows(name), name) for name in names]
+        sizes = [(shard.rows(name), name) for name in _with_pauses(names, COUNTED)]
         status.version, status.table_count = shard.version, len(names)
         status.rows = sum(rows for rows, _ in sizes)
-        status.damaged_blocks = sum(shard.checks.counts(name)[0] for name in names)
+        status.damaged_blocks = sum(
+            shard.checks.counts(name)[0] for name in _with_pauses(names, COUNTED)
+        )
         traffic = self._by_table()
-        for at, (_, name) in enumerate(heapq.nlargest(most, sizes)):
+        for _, name in _with_pauses(heapq.nlargest(most, sizes), DESCRIBED):
             try:
                 stats = shard.describe(name)[1]
             except (UnknownTable, Refused):  # dropped, or replaced by one that is being filled
@@ -126,8 +133,6 @@ class LiveStatus:
                 damaged_blocks=stats.damage[0],
                 lost_rows=stats.damage[1],
             )
-            if at % TOGETHER == 0:
-                time.sleep(0)  # lets a thread that serves requests run
 
     def _by_table(self) -> dict[str, tuple[int, int, int]]:
         """Return table -> (requests, keys pulled, keys pushed)."""
@@ -196,6 +201,14 @@ class LiveStatus:
             numbers.append(("max_subscribers", parts.feed.subscribers, config.max_subscribers))
         for name, used, limit in numbers:
             yield pb.Budget(name=name, used=used, limit=limit)
+
+
+def _with_pauses(items: Sequence[_Item], together: int) -> Iterator[_Item]:
+    """Yield the items; after every ``together`` of them, let a thread that serves requests run."""
+    for at, item in enumerate(items, 1):
+        yield item
+        if at % together == 0:
+            time.sleep(0)
 
 
 def _log_status(log: VersionLog) -> pb.LogStatus:

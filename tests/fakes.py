@@ -27,12 +27,16 @@ def info(shards: int = 1) -> bytes:
 
 @contextmanager
 def fake_server(
-    methods: dict[str, Method], threads: int = 64, streams: dict[str, Stream] | None = None
+    methods: dict[str, Method],
+    threads: int = 64,
+    streams: dict[str, Stream] | None = None,
+    port: int = 0,
 ) -> Iterator[str]:
-    """Serve methods ("TableService/Evict") on a free port; yields the address.
+    """Serve methods ("TableService/Evict"); yields the address.
 
     methods  answer one reply
     streams  answer several replies
+    port     where to listen; 0: a free port
     """
     known: dict[str, Method] = {"InfoService/GetServerInfo": lambda _, __: info(), **methods}
 
@@ -45,7 +49,7 @@ def fake_server(
             return None if method is None else grpc.unary_unary_rpc_method_handler(method)
 
     server = grpc.server(ThreadPoolExecutor(threads), handlers=[Handler()])
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     try:
         yield f"127.0.0.1:{port}"

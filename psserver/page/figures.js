@@ -150,6 +150,9 @@ function refusals(status) {
 // Whether a shard has read its rows: before, it knows neither tables nor requests.
 const recovered = (status) => Boolean(status.engine);
 
+// Seconds that the slowest subscriber is behind; null: there is none.
+const lagOf = (status) => (status.subscribers && status.subscribers.subscribers ? status.subscribers.lag_seconds : null);
+
 const phaseOf = (status) => status.phase.replace("PHASE_", "").toLowerCase().replaceAll("_", " ");
 
 // ---- what is wrong
@@ -161,6 +164,8 @@ const PHASES = {
   restoring: "refuses requests: a checkpoint is being restored", draining: "stops",
   "not a shard": "is not a shard of this cluster: its number is too large",
 };
+
+const STARTING = ["kernels", "gpu", "recovery"];
 
 function isNumber(budget) { return budget.name.startsWith("max_") && !budget.name.endsWith("_bytes"); }
 

@@ -111,7 +111,7 @@ function showPlots(live) {
   plots.keys.add(now, [some(sum(recents.map((each) => each.keys)))]);
   plots.busy.add(now, [most(busy), busy.length ? sum(busy) / busy.length : null]);
   plots.errors.add(now, [some(sum(recents.map((each) => each.errors))), some(sum(recents.map((each) => each.refused)))]);
-  plots.lag.add(now, [most(live.map(([entry]) => (entry.status.subscribers ? entry.status.subscribers.lag_seconds : null)))]);
+  plots.lag.add(now, [most(live.map(([entry]) => lagOf(entry.status)))]);
   return { recents, latency };
 }
 
@@ -119,15 +119,15 @@ function showTotals(entries, live, problems) {
   const { recents, latency } = showPlots(live);
   const ready = live.filter(([entry]) => phaseOf(entry.status) === "ready").length;
   const errors = sum(recents.map((each) => each.errors)), some = (value) => (recents.length ? value : null);
-  const lag = most(live.map(([entry]) => (entry.status.subscribers ? entry.status.subscribers.lag_seconds : null)));
+  const lag = most(live.map(([entry]) => lagOf(entry.status)));
   showCards([
     ["shards ready", `${ready} of ${entries.length}`, ready === entries.length ? "" : BAD],
     ["rows", count(live.some(([entry]) => recovered(entry.status)) ? sum(live.map(([entry]) => entry.status.rows)) : null)],
-    ["requests per second", count(some(sum(recents.map((each) => each.requests))))],
-    ["keys per second", count(some(sum(recents.map((each) => each.keys))))],
+    ["requests/s", count(some(sum(recents.map((each) => each.requests))))],
+    ["keys/s", count(some(sum(recents.map((each) => each.keys))))],
     ["p50 latency", milliseconds(quantile(latency.bounds, latency.buckets, 0.5))],
     ["p99 latency", milliseconds(quantile(latency.bounds, latency.buckets, 0.99))],
-    ["failed per second", count(some(errors)), errors > 0 ? WARN : ""],
+    ["failed requests/s", count(some(errors)), errors > 0 ? WARN : ""],
     ["subscriber lag", duration(lag), lag > 10 ? WARN : ""],
   ]);
   const worst = problems.some(([severity]) => severity === BAD) ? BAD : problems.length ? WARN : "ok";
@@ -152,7 +152,7 @@ function showShards(entries) {
     if (!status) return { state: BAD, cells: [String(entry.shard), { text: "no answer", state: BAD }, entry.address, ...Array(10).fill("")] };
     const recent = dead || !recovered(status) ? null : shard.recent, latency = recent ? recent.latency : { bounds: [], buckets: [] };
     const memory = status.budgets.find((each) => each.name === "host_bytes");
-    const phase = dead ? "no answer" : phaseOf(status);
+    const phase = dead ? "no answer" : STARTING.includes(phaseOf(status)) ? "starting" : phaseOf(status);
     return {
       state: dead ? `${BAD} old` : state,
       cells: [
@@ -172,7 +172,7 @@ function showShards(entries) {
       ],
     };
   });
-  fill("shards", [["shard", "head"], ["state", "text"], ["address", "long"], ["up"], ["rows"], ["memory of tables"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["waiting (p99)"], ["failed/s"], ["subscribers (lag)"]], rows);
+  fill("shards", [["shard", "head"], ["state", "text"], ["address", "long"], ["up"], ["rows"], ["table memory"], ["requests/s"], ["p50"], ["p99"], ["engine busy"], ["waiting (p99)"], ["failed/s"], ["subscribers (lag)"]], rows);
 }
 
 function showMethods(live) {
@@ -250,6 +250,8 @@ function showDisk(live) {
       storage.restore ? `restores ${storage.restore} (${storage.restore_phase})` : storage.work || "nothing",
     ] };
   });
+  const known = live.some(([entry]) => recovered(entry.status));
+  setText(element("no-disk"), rows.length ? "" : known ? "The shards have no data directory: a restart loses all rows." : "No shard has read its data yet.");
   fill("disk", [["shard", "head"], ["version"], ["versions not synced"], ["p99 of fsync"], ["log size"], ["log backlog"], ["last flush"], ["last checkpoint"], ["at work on", "text"]], rows);
 }
 

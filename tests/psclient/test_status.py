@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ from servers import Cluster, eventually, free_ports
 
 from psclient import Client
 from psclient.aio import AsyncClient
-from psclient.status import status
+from psclient.status import Watch, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 
@@ -121,3 +121,22 @@ def test_a_shard_that_hangs_delays_nobody_beyond_the_timeout() -> None:
     ):
         found = status([hangs, ready], timeout=0.5)
     assert [each.state for each in found] == ["unreachable", "ready"]
+
+
+def test_a_watch_keeps_its_connections_and_finds_a_shard_that_comes_back() -> None:
+    peers: list[str] = []
+
+    def answer(_: bytes, context: Any) -> bytes:
+        peers.append(context.peer())
+        return pb.GetStatusResponse(phase=pb.PHASE_READY, shards=1).SerializeToString()
+
+    port = free_ports(1)
+    with closing(Watch([f"127.0.0.1:{port}"])) as watch:
+        [down] = watch.status(timeout=0.5)
+        assert down.state == "unreachable"
+        with fake_server({"InfoService/GetStatus": answer}, port=port):
+            eventually(lambda: watch.status(timeout=0.5)[0].ready)
+            for _ in range(3):
+                assert watch.status()[0].ready
+    assert len(peers) >= 4
+    assert len(set(peers)) == 1

@@ -10,6 +10,7 @@ import pytest
 from peers import Peer, with_server
 
 from psproto import ps_pb2 as pb
+from psserver.livestatus import _with_pauses
 from psserver.recent import KEPT, MESSAGE_BYTES, RecentErrors
 
 
@@ -62,6 +63,14 @@ def test_it_has_the_tables_with_the_most_rows() -> None:
     found = with_server(act)
     assert (found.table_count, len(found.tables)) == (6, 2)
     assert not found.HasField("log")
+
+
+def test_other_threads_may_run_after_a_few_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr("time.sleep", lambda seconds: done.append(-1))
+    for item in _with_pauses(range(5), 2):
+        done.append(item)
+    assert done == [0, 1, -1, 2, 3, -1, 4]
 
 
 class TestRecentErrors:

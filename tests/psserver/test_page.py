@@ -46,6 +46,10 @@ class Busy(Figures):
                 old + new for old, new in zip(method.latency.buckets, (90, 9, 1, 0), strict=True)
             ]
             method.latency.buckets[:] = buckets
+        queued = status.request_queue.buckets
+        status.request_queue.buckets[:] = [
+            old + new for old, new in zip(queued, (0, 0, 10, 0), strict=True)
+        ]
         for table in status.tables:
             table.requests += 100
             table.pulled_keys += 500
@@ -84,6 +88,8 @@ def busy(shard: int, name: str = "ads.user") -> Busy:
         storage=pb.StorageStatus(flush_age_seconds=5),
         subscribers=pb.FeedStatus(subscribers=1, lag_seconds=0.5),
         engine=pb.EngineStatus(queue_wait=pb.Timing(bounds=BOUNDS, buckets=[0] * 4)),
+        requests_waiting=7,
+        request_queue=pb.Timing(bounds=BOUNDS, buckets=[0] * 4),
     )
 
 
@@ -190,13 +196,14 @@ class TestLive:
             seen.wait(".card", "900")  # 3 shards with 3 methods of 100 requests per second
             cards = dict(reversed(each.split("\n")) for each in seen.texts(".card"))
             assert cards["shards ready"] == "3 of 3"
-            assert cards["requests per second"] == "900"
-            assert cards["keys per second"] == "9,000"
+            assert cards["requests/s"] == "900"
+            assert cards["keys/s"] == "9,000"
             assert cards["p50 latency"] == "0.56 ms"  # 50 of the 90 between 0 and 1 ms
             assert cards["p99 latency"] == "10 ms"
             rows = [each.split("\t") for each in seen.texts("#shards tbody tr")]
             assert [each[0].strip() for each in rows] == ["0", "1", "2"]
             assert "25 %" in rows[0][9]
+            assert rows[0][10].strip() == "7 (99 ms)"  # 99 % of the way from 10 to 100 ms
             before = cards["rows"]
             seen.page.wait_for_function(
                 "old => document.querySelectorAll('.card b')[1].textContent !== old", arg=before
@@ -204,6 +211,15 @@ class TestLive:
             assert seen.page.title() == "3/3 ready · ads/prod"
             assert seen.page.evaluate("plots.requests.data[0].length") > 1
         assert seen.foreign == []
+
+    def test_figures_of_a_shard_that_has_not_read_its_rows_are_unknown(self, visit: Any) -> None:
+        with cluster(Figures(0, shards=1)) as port:
+            seen = visit(port)
+            seen.wait("#no-disk", "No shard has read its data yet.")
+            cards = dict(reversed(each.split("\n")) for each in seen.texts(".card"))
+            row = seen.texts("#shards tbody tr")[0].split("\t")
+        assert cards["rows"] == row[4].strip() == "\u2013"
+        assert [each.strip() for each in row[6:]] == [""] * 7
 
     def test_a_restarted_shard_has_no_rate_until_its_second_figures(self, visit: Any) -> None:
         with cluster(busy(0)) as port:
