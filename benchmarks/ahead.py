@@ -95,7 +95,8 @@ def crowd(address: str, lane: str, batch: int) -> tuple[int, list[str], Watch]:
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    report = Report("ahead", arguments(__doc__).parse_args().json)
+    options = arguments(__doc__).parse_args()
+    report = Report("ahead", options.json)
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="ps-bench-"))
         group, server, address = start(stack, "--lane", directory)
@@ -106,7 +107,7 @@ def main() -> None:
         with Watch(address) as alone:
             time.sleep(SECONDS)
         lines, calls = [], [("idle", alone)]
-        for batch in (1_000, 10_000):
+        for batch in (1_000,) if options.quick else (1_000, 10_000):
             for name, lane in LANES.items():
                 done, errors, watch = crowd(address, lane, batch)
                 line = {"workers": f"{WORKERS} by {name}", "B": f"{batch:,}"}
