@@ -209,7 +209,7 @@ function showTables(live) {
   }
   const sorted = [...tables].sort(([, a], [, b]) => b.rows - a.rows);
   const rows = sorted.slice(0, SHOWN_TABLES).map(([name, table]) => {
-    const tiers = [...table.tiers].map(([tier, each]) => `${tier} ${count(each.rows)}`).join(", ");
+    const tiers = [...table.tiers].map(([tier, each]) => `${tier} ${count(each.rows)}`).join(" · ");
     const host = [...table.tiers.values()][0], used = host ? host.hits + host.misses : 0;
     return { state: table.lost ? BAD : "", cells: [
       name, count(table.rows), bytes(table.bytes), { text: tiers }, used ? percent(host.hits / used) : "–",
