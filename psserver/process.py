@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -165,7 +166,9 @@ async def _start(server: Server, stop: asyncio.Event) -> bool:
 
 
 def _warm() -> None:
-    """Load the compiled kernels; compile those that no cache directory has.
+    """Load the compiled kernels; compile those that no cache directory has. Then take all objects
+    out of the garbage collector: they live as long as the process, and a full collection that
+    looked at them would stop all threads for 60 ms.
 
     Raises ConfigError if the address space does not suffice.
     """
@@ -190,6 +193,8 @@ def _warm() -> None:
             advice="run psserver warm while the image is built, with the same NUMBA_CPU_NAME,"
             " NUMBA_CPU_FEATURES and NUMBA_CACHE_DIR; psserver doctor shows where it looks",
         )
+    gc.collect()
+    gc.freeze()
 
 
 async def _serve_and_exit(config: ServerConfig) -> None:

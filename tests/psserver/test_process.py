@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alone import alone
 from servers import free_ports
 
 from psserver import process as module
@@ -153,3 +155,10 @@ class TestExit:
         process.send_signal(number)
         assert process.wait(20) == 0
         process.stdout.close()
+
+
+@alone
+def test_what_is_there_from_the_start_costs_no_collection() -> None:
+    module._warm()
+    assert gc.get_freeze_count() > 50_000
+    assert len(gc.get_objects()) < 5_000
