@@ -90,13 +90,15 @@ async def told(channel: grpc.aio.Channel) -> tuple[dict[str, Any], dict[str, str
     """What calls end with, and the health, by name."""
     calls = {}
     for method in METHODS:
-        call = channel.stream_stream(f"/ps.v1.{method}")(iter([b""][: method[-1] != "m"]))
-        try:
-            async for _ in call:
+        trailers = None
+        while not trailers:  # none: the reply overtook the message, so gRPC reports its own error
+            call = channel.stream_stream(f"/ps.v1.{method}")(iter([b""][: method[-1] != "m"]))
+            try:
+                async for _ in call:
+                    pass
+            except grpc.aio.AioRpcError:
                 pass
-        except grpc.aio.AioRpcError:
-            pass
-        trailers = dict(await call.trailing_metadata())
+            trailers = dict(await call.trailing_metadata())
         status = Status.FromString(trailers.get("grpc-status-details-bin", b""))
         reason, pause = "", 0.0
         for detail in status.details:

@@ -63,7 +63,7 @@ CHANGES = "Push|Exchange|Delete|Stream|Lane"
 def _refused(reason: str) -> str:
     """Return the expression for shards that refused changes for a reason in the last minutes."""
     matchers = f'{{reason="{reason}",method=~"{CHANGES}"}}'
-    return f"{SHARD} (increase(ps_errors_total{matchers}[5m])) > 0"
+    return f"{SHARD} (\nincrease(ps_errors_total{matchers}[5m])\n) > 0"
 
 
 def _p99(histogram: str, window: str = "5m") -> str:
