@@ -90,8 +90,7 @@ async def told(channel: grpc.aio.Channel) -> tuple[dict[str, Any], dict[str, str
     """What calls end with, and the health, by name."""
     calls = {}
     for method in METHODS:
-        trailers = None
-        while not trailers:  # none: the reply overtook the message, so gRPC reports its own error
+        while True:
             call = channel.stream_stream(f"/ps.v1.{method}")(iter([b""][: method[-1] != "m"]))
             try:
                 async for _ in call:
@@ -99,6 +98,9 @@ async def told(channel: grpc.aio.Channel) -> tuple[dict[str, Any], dict[str, str
             except grpc.aio.AioRpcError:
                 pass
             trailers = dict(await call.trailing_metadata())
+            # if the reply overtakes the message, gRPC's client reports an error of its own
+            if trailers or (await call.code()) is not grpc.StatusCode.INTERNAL:
+                break
         status = Status.FromString(trailers.get("grpc-status-details-bin", b""))
         reason, pause = "", 0.0
         for detail in status.details:
