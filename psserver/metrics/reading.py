@@ -12,8 +12,8 @@ def read_at_once(read: Callable[[], Iterator[Metric]]) -> list[Metric]:
     """Return the metrics that ``read()`` yields. The garbage collector does not run meanwhile.
 
     With thousands of tables, ``read`` creates so many objects that the collector would look at all
-    objects of the process, and stop all threads for up to 0.3 s. ``read`` must not use the disk,
-    because a disk can hang: then the collector would never run again.
+    objects made since the start, and stop all threads for about 0.2 s. ``read`` must not use the
+    disk, because a disk can hang: then the collector would never run again.
     """
     if not gc.isenabled():
         return list(read())
