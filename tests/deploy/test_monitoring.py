@@ -24,6 +24,7 @@ from tools import program, run
 from psclient import Client
 
 MONITORING = DEPLOY / "components" / "monitoring"
+METRICS = ROOT / "docs" / "metrics.md"
 RULES_TEST = ROOT / "tests" / "deploy" / "rules_test.yaml"
 OTHERS = {  # metrics of the kubelet
     "kubelet_volume_stats_available_bytes",
@@ -37,7 +38,7 @@ ON_A_GPU = {f"ps_gpu_{each}" for each in ("bytes", "budget_bytes", "paused")} | 
 WORDS = {
     *("and", "or", "unless", "by", "on", "group_left", "sum", "group", "rate", "increase"),
     *("histogram_quantile", "quantile", "last_over_time", "max", "time", "count", "min"),
-    "clamp_min",
+    *("clamp_min", "changes"),
 }
 
 
@@ -253,6 +254,28 @@ def test_the_page_lists_every_alert_as_it_is() -> None:
         )
         for rule in alerts()
     ]
+
+
+def _users() -> dict[str, set[str]]:
+    """Return metric of a shard -> the alerts whose expressions use it, also through a rule that
+    records a value.
+    """
+    recorded = {rule["record"]: metrics_of(rule["expr"]) for rule in rules() if "record" in rule}
+    found: dict[str, set[str]] = {}
+    for rule in alerts():
+        for metric in metrics_of(rule["expr"]) - OTHERS:
+            for each in recorded.get(metric, {metric}):
+                name = re.sub(r"_(bucket|count|sum)$", "", each)
+                found.setdefault(name, set()).add(rule["alert"])
+    return found
+
+
+def test_the_rows_of_metrics_name_the_alerts_that_use_them_and_ask_for_no_others() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", METRICS.read_text(), re.M)
+    named = {metric: set(re.findall(r"`(Ps[A-Z]\w+)`", advice)) for metric, advice in rows}
+    assert {metric: names for metric, names in named.items() if names} == _users()
+    asking = [metric for metric, advice in rows if re.search(r"\balert\b", advice, re.I)]
+    assert asking == [], "an alert that is asked for must exist, and be named"
 
 
 def _headings(page: Path) -> Iterator[str]:

@@ -163,6 +163,15 @@ ALERTS = (
         "slow disk",
     ),
     Alert(
+        "PsLogStalled",
+        "2m",
+        True,
+        "ps_version > ps_log_durable_version\nand changes(ps_log_durable_version[5m]) == 0",
+        "For 5 minutes, no change of shard {{ $labels.shard }} has reached its disk, although some"
+        " wait for it. A power loss would lose them.",
+        "slow disk",
+    ),
+    Alert(
         "PsOutOfMemory",
         "",
         True,
@@ -211,6 +220,24 @@ ALERTS = (
         "damaged block",
     ),
     Alert(
+        "PsDamagedBlocks",
+        "",
+        False,
+        "sum by (namespace, shard, table) (ps_damaged_blocks) > 0\n"
+        "unless sum by (namespace, shard, table) (ps_lost_rows) > 0",
+        "Table {{ $labels.table }} has damaged blocks on the disk of shard {{ $labels.shard }}. All"
+        " rows can still be read.",
+        "damaged block",
+    ),
+    Alert(
+        "PsFlushFails",
+        "",
+        False,
+        f"{SHARD} (increase(ps_flush_failures_total[15m])) > 0",
+        "Shard {{ $labels.shard }} cannot flush its changed rows, so its log grows.",
+        "overdue flush",
+    ),
+    Alert(
         "PsFlushOverdue",
         "5m",
         False,
@@ -218,6 +245,24 @@ ALERTS = (
         "The last flush of shard {{ $labels.shard }} was {{ $value | humanizeDuration }} ago, so a"
         " restart takes longer.",
         "overdue flush",
+    ),
+    Alert(
+        "PsCheckpointFails",
+        "",
+        False,
+        f"{SHARD} (increase(ps_checkpoint_failures_total[1h])) > 0",
+        "Shard {{ $labels.shard }} could not write its part of a checkpoint.",
+        "failed checkpoint",
+    ),
+    Alert(
+        "PsCheckpointOverdue",
+        "15m",
+        False,
+        f"time() - ps_checkpoint_timestamp_seconds > {at.CHECKPOINT_SECONDS}\n"
+        "and changes(ps_version[1h]) > 0",
+        "The last checkpoint of shard {{ $labels.shard }} was {{ $value | humanizeDuration }} ago,"
+        " and its rows have changed since.",
+        "failed checkpoint",
     ),
     Alert(
         "PsSubscriberLags",

@@ -25,6 +25,7 @@ DISK_FREE = 0.1  # part of the disk that must be free
 MEMORY_HEADROOM = 0.1  # part of the memory limit that must be free
 SUBSCRIBER_LAG_SECONDS = 60  # age of the oldest change that a subscriber has not received
 FLUSH_SECONDS = 900  # age of the last flush
+CHECKPOINT_SECONDS = 86_400  # age of the last checkpoint, while rows change
 CERTIFICATE_DAYS = 14  # days until a certificate expires
 OVERLOADED_PER_SECOND = 1  # refused requests per second and shard
 SLOW_FACTOR = 4  # a shard is slow if its requests take so many times as long as on most shards
