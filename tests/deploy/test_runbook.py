@@ -29,7 +29,8 @@ KEYS = np.arange(1000)
 DIM = 4
 LOOKS = (  # sections whose commands change nothing
     *("Little memory", "Slow disk", "Overdue flush", "Failed checkpoint", "Overload"),
-    *("Late subscriber", "Late changes", "Expiring certificate", "Invalid policy", "Audit log", "Paused GPU"),
+    *("Late subscriber", "Late changes", "Expiring certificate", "Invalid policy", "Audit log"),
+    "Paused GPU",
 )
 SECONDS = 300.0  # maximum time of a command, on a machine that does other things too
 
