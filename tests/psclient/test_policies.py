@@ -131,12 +131,20 @@ def test_rows_are_as_fresh_as_the_table_whoever_brings_them(
 
 
 def overdue(client: Client, name: str) -> Table:
-    """180 rows, 120 of them idle, which the background does not look for before step 6,490."""
-    table = table_of(client, name, eviction={"step_ttl": {"steps": 6400}})
+    """180 rows, 120 of them idle, which the background does not look for before step 6,490.
+
+    A sweep looks for idle rows first, and then for rows beyond the limit, those that were pushed
+    once. So once the surplus is gone, the sweep of step 6,390 no longer looks for idle rows.
+    """
+    rules = {"step_ttl": {"steps": 6400}, "capacity_lfu": {"max_rows": 900}}
+    table = table_of(client, name, eviction=rules)
     push(table, np.arange(1000, 1060), step=-100)
-    push(table, np.arange(120), step=0)
-    push(table, np.arange(2000, 2060), step=6390)
-    assert eventually(lambda: client.describe_table(name).rows == 180)  # it was at work then
+    push(table, np.repeat(np.arange(120), 2), step=0)
+    push(table, np.repeat(np.arange(2000, 2060), 2), step=6390)
+    eventually(lambda: client.describe_table(name).rows == 180)  # the sweep has begun
+    push(table, surplus := np.arange(10_000, 12_000), step=6390)
+    eventually(lambda: max(client.describe_table(name).shard_rows) <= 301)  # a third, rounded up
+    table.delete(surplus)
     push(table, np.arange(2000, 2060), step=6401)
     return table
 
@@ -146,10 +154,11 @@ def test_eviction_on_demand_counts_first_and_then_evicts_on_all_shards(
 ) -> None:
     client = connect(cluster3)
     table = overdue(client, name)
-    assert client.evict(name, dry_run=True) == {"step_ttl": 120}
+    assert client.evict(name, dry_run=True) == {"step_ttl": 120, "capacity": 0}
     assert client.describe_table(name).rows == 180
-    assert client.evict(name) == {"step_ttl": 120}
-    assert client.evict(name) == client.evict(name, dry_run=True) == {"step_ttl": 0}
+    assert client.evict(name) == {"step_ttl": 120, "capacity": 0}
+    none = {"step_ttl": 0, "capacity": 0}
+    assert client.evict(name) == client.evict(name, dry_run=True) == none
     keys = np.concatenate([np.arange(120), np.arange(2000, 2060)])
     assert table.pull_rows(keys).found.tolist() == [False] * 120 + [True] * 60
     label = Labels(table=name, cause="step_ttl")
@@ -171,6 +180,7 @@ def test_psctl_evicts_and_says_what(
         return [re.findall(r"[\w.%]+", line) for line in done.output.splitlines()]
 
     counted = [
+        ["capacity", "0", "0%"],
         ["step_ttl", "120", "66.7%"],
         ["total", "120", "66.7%"],
         ["rows", "before", "180"],

@@ -88,11 +88,12 @@ def test_a_stream_that_is_given_up_leaves_nothing_in_memory(closed: bool) -> Non
                 await stream.write(message(id, pull()))
             if closed:
                 await stream.done_writing()
+            await until(lambda: peer.stats.inflight_bytes >= SHARE)
             await settled(lambda: peer.stats.inflight_bytes)
             stream.cancel()
             del stream
+            await until(lambda: peer.stats.streams == 0)
             await until(lambda: peer.stats.inflight_bytes == 0)
-            assert peer.stats.streams == 0
             await until(lambda: left() == before)
         finally:
             gc.enable()

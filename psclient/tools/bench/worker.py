@@ -109,6 +109,7 @@ class Run:
         self._arrivals = Arrivals(max(task["rate"], 1e-9), length, (seed, task["round"], 1))
         self._lock = threading.Lock()
         self._sent: deque[Sent] = deque()
+        self._later: list[Sent] = []  # ended after the second that was told last
         self._offered: deque[float] = deque()
         self._threads = [
             threading.Thread(target=self._work, args=(senders[i % len(senders)],), daemon=True)
@@ -122,17 +123,14 @@ class Run:
         totals, second = Totals(self._first), 0
         self._wait(self._first)
         cpu, began = time.process_time(), time.monotonic()
-        self._tell(totals, second)
-        while time.monotonic() < self._end:
+        while self._first + second < self._end:
+            self._tell(totals, second)
             second += 1
             self._wait(self._first + second)
-            self._tell(totals, second)
         cpu = (time.process_time() - cpu) / max(time.monotonic() - began, 1e-9)
-        while any(thread.is_alive() for thread in self._threads):
-            for thread in self._threads:
-                thread.join(1.0)
-            self._tell(totals, second)
-        self._tell(totals, second)  # requests that ended after the last look at the threads
+        for thread in self._threads:
+            thread.join()
+        self._tell(totals, second)
         seconds = max(self._end - self._first, 0.0)
         write({"done": {**totals.as_json(), "seconds": seconds, "cores": cpu}})
 
@@ -146,12 +144,17 @@ class Run:
             self._clock.sleep(min(left, NOTICE))
 
     def _tell(self, totals: Totals, second: int) -> None:
-        """Add the requests that ended since the last call to the totals, and write their line."""
-        sent = [self._sent.popleft() for _ in range(len(self._sent))]
-        now, offered = time.monotonic(), []
-        while self._offered and self._offered[0] <= now:  # those that are due; they are ascending
+        """Add the requests that ended since the last call to the totals, and write the line of a
+        second: the requests that ended by its end and are in no line yet.
+        """
+        new, offered = [self._sent.popleft() for _ in range(len(self._sent))], []
+        until = min(self._first + second, self._end)
+        while self._offered and self._offered[0] < until:  # those that are due; they are ascending
             offered.append(self._offered.popleft())
-        totals.add(sent, offered, self._end)
+        totals.add(new, offered, self._end)
+        known = self._later + new
+        sent = [each for each in known if each.ended < until]
+        self._later = [each for each in known if each.ended >= until]
         part = Latencies()
         good = [each for each in sent if not each.error]
         part.record([each.ended - each.intended for each in good])

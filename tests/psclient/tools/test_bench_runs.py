@@ -72,21 +72,27 @@ def test_the_tables_have_what_a_mix_must_push(
 
 
 def test_figures_agree_with_each_other(cluster1: Cluster, name: str) -> None:
+    """On a busy machine, too: what is late is counted once, and where it belongs."""
     seen: list[Second] = []
     with fleet(cluster1, name, mix="B", processes=2) as running:
         assert running.row_bytes > 16
         result = running.run(200, 2.0, warmup=0.5, on_second=seen.append)
     assert 300 < result.offered * 2 < 500  # 400, sqrt(400) = 20
-    assert abs(result.offered - result.achieved) * 2 < 40
+    assert result.offered * 2 == len(result.latency) + result.failed
+    assert not result.errors.keys() - {UNSENT}
+    longest = max(result.latency.longest, *(each.latency.longest for each in seen))
+    assert abs(result.offered - result.achieved) * 2 < 40 + 400 * longest  # due before, ended after
     assert result.keys == pytest.approx(result.achieved * 50)
     assert len(result.cores) == 2
     assert result.seconds == 2.0
     assert [each.second for each in seen] == [0, 1, 2]
     assert seen == list(result.series)
-    assert sum(each.ok for each in seen[1:]) == pytest.approx(result.achieved * 2, abs=10)
+    ended = result.achieved * 2
+    assert sum(each.ok for each in seen[1:]) == pytest.approx(ended, abs=SMALL["in_flight"])
     assert set(result.kinds) == {"pull", "push"}
     assert len(result.latency) == sum(map(len, result.kinds.values()))
-    assert len(result.latency) == len(result.service) == len(result.lag) + result.waited
+    assert len(result.latency) == len(result.service)
+    assert len(result.latency) + result.failed == len(result.lag) + result.waited
     p50, p99 = result.latency.percentiles([50, 99])
     assert 0 < p50 <= p99 <= result.latency.longest
     assert json.loads(json.dumps(result.as_json()))["latency"]["count"] == len(result.latency)
