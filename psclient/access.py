@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict
 
 import grpc
 
+from psclient.addresses import proxy_variable
 from psclient.errors import InvalidArgument, TlsError
 from psclient.routes import Metadata
 from psclient.tls import Tls, from_environment
@@ -56,7 +57,7 @@ class Access:
                         if they are not set; False: no TLS
     token_file          path of the file with the token; None: that of the environment variable
                         PSCLIENT_TOKEN_FILE, if it is set; "": no token
-    token_in_plaintext  whether to send the token without TLS to other machines
+    token_in_plaintext  whether to send the token without TLS to other machines or through a proxy
     proxy               whether to use the HTTP proxy that the environment variables name
 
     Raises InvalidArgument if one is invalid, or if a file cannot be used.
@@ -137,9 +138,19 @@ class Access:
         return self._credentials
 
     def require_secrecy(self, address: str) -> None:
-        """Raise InvalidArgument if a token would be sent without TLS to another machine."""
+        """Raise InvalidArgument if a token would be sent without TLS to another machine: to that of
+        the server, or to a proxy.
+        """
         if self._token_file is None or self.tls is not None or self._token_in_plaintext:
             return
+        variable = proxy_variable() if self.proxy and not address.startswith("unix:") else ""
+        if variable:
+            raise InvalidArgument(
+                f"token_file: the token would be sent to {address} without TLS through the proxy of"
+                f" the environment variable {variable}, where others can read it: pass"
+                " tls=psclient.Tls(ca=...), proxy=False for servers on this machine, or"
+                " token_in_plaintext=True if you trust the proxy and the network"
+            )
         if not is_local(address):
             raise InvalidArgument(
                 f"token_file: the token would be sent to {address} without TLS, where others can"

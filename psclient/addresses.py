@@ -86,6 +86,11 @@ def problem(address: str) -> str | None:
     return "an address must be host:port, such as 'localhost:7000' or '[::1]:7000'"
 
 
+def proxy_variable() -> str:
+    """Return the environment variable whose proxy gRPC uses, if it may; "": none names a proxy."""
+    return next((name for name in PROXIES if os.environ.get(name)), "")
+
+
 def hint(text: str, *, proxy: bool) -> str:
     """Guess why a server could not be reached.
 
@@ -97,8 +102,8 @@ def hint(text: str, *, proxy: bool) -> str:
     """
     if "DNS" in text or "resol" in text:
         return "; the host name cannot be resolved"
-    there = next((name for name in PROXIES if os.environ.get(name)), None)
-    if there is None:
+    there = proxy_variable()
+    if not there:
         return ""
     if proxy:
         return f"; the client uses the proxy of the environment variable {there} (proxy=True)"

@@ -54,8 +54,8 @@ class Client(RowClient):
     token_file   path of a file with the token that tells the servers who this client is; it is read
                  again when it changes. None: that of the environment variable PSCLIENT_TOKEN_FILE,
                  if it is set; "": no token
-    token_in_plaintext  whether to send the token without TLS to other machines; otherwise a call
-                 that would do so raises InvalidArgument
+    token_in_plaintext  whether to send the token without TLS to other machines or through a proxy;
+                 otherwise a call that would do so raises InvalidArgument
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
     Given one DNS name, it looks up all addresses of the name, and waits until all shards of the

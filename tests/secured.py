@@ -29,6 +29,7 @@ from psserver.handlers import Handlers, method_of
 from psserver.security.policyfile import PolicyFile
 from psserver.security.verbs import METHODS
 from psserver.server import Server
+from psserver.workers import LONG
 
 Metadata = Sequence[tuple[str, str]]
 ID = "00112233445566%02x"
@@ -162,6 +163,12 @@ class Secured:
 
     def run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+
+    def settle(self) -> None:
+        """Wait until no long operation runs: one that has lost its client ends a bit later, and
+        keeps its checkpoint in use until then.
+        """
+        eventually(lambda: self.server._service._workers._slots == LONG)
 
     def checkpoint(self, name: str) -> None:
         """Take a checkpoint, without a call."""

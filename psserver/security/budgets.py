@@ -1,9 +1,11 @@
 """Budgets: limit the requests per second, bytes per second and bytes in flight of a principal.
 
 Rates are limited by token buckets. A bucket holds at most the amount of one second, so that a
-principal that was idle may send a burst of that size. A request is accepted if its bucket is not
-empty, and may take more than is left. So a message larger than the bucket is possible, but the next
-one waits longer.
+principal that was idle may send a burst of that size. A request is accepted if each bucket has at
+least 1: one request, one byte. It may take more bytes than are left, because a message may be
+larger than the bucket, and the size of a reply is not known before. The next one then waits until
+the debt is paid. If a large message had to wait for a full bucket instead, smaller ones of the same
+principal could overtake it for ever.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from psserver.errors import BudgetExceeded
 
 SHORTEST = 0.01  # seconds; minimum of the delays that clients are asked to wait
 LONGEST = 60.0
+LEAST = 1.0 - 1e-6  # of requests or bytes: 1, apart from rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +48,10 @@ class _Bucket:
         self._since = now
 
     def wait(self, now: float) -> float:
-        """Return the seconds until something is left in the bucket; 0: there is now."""
+        """Return the seconds until the bucket has at least 1; 0: it has now."""
         self._left = min(self._most, self._left + (now - self._since) * self.rate)
         self._since = now
-        return 0.0 if self._left > 0 else -self._left / self.rate + 1e-3
+        return 0.0 if self._left >= LEAST else (1.0 - self._left) / self.rate + 1e-3
 
     def take(self, amount: float) -> None:
         """Take an amount out of the bucket, which may leave it with a debt."""

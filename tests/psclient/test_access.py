@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from authority import Authority, Mount
 from fakes import fake_server
-from servers import eventually
+from servers import eventually, free_ports
 
 from psclient import Client, Subscriber, Tls
 from psclient.access import Access, is_local
+from psclient.addresses import PROXIES
 from psclient.errors import InvalidArgument, PsError, TlsError
 from psproto import ps_pb2 as pb
 
@@ -181,6 +183,33 @@ def test_a_name_is_looked_up_but_its_servers_get_no_token_in_plaintext(
         pytest.raises(InvalidArgument, match=f"the token would be sent to {FAR} without TLS"),
     ):
         client.list_tables()
+
+
+@pytest.mark.parametrize("variable", PROXIES)
+def test_a_token_is_not_sent_in_plaintext_through_a_proxy(
+    token: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the server is on this machine: the proxy may be on another."""
+    local = f"127.0.0.1:{free_ports(1)}"
+    for each in PROXIES:
+        monkeypatch.delenv(each, raising=False)
+    with Client([local], token_file=token, timeout=0.2, proxy=True) as client:
+        with pytest.raises(PsError) as caught:
+            client.list_tables()
+        assert not isinstance(caught.value, InvalidArgument)  # there is no proxy
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with (
+            Client([local], token_file=token, timeout=600, proxy=True) as client,
+            pytest.raises(InvalidArgument, match=f"{local} without TLS through .* {variable}, "),
+        ):
+            client.list_tables()
+        for more in ({"proxy": False}, {"token_in_plaintext": True}):
+            Access(token_file=token, **{"proxy": True, **more}).require_secrecy(local)
+        Access(token_file=token, proxy=True).require_secrecy("unix:/run/x")  # gRPC's rule
+        proxy.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_a_token_in_plaintext_may_be_permitted(token: Path) -> None:

@@ -113,8 +113,7 @@ def test_a_change_is_recorded_before_its_answer(
         next(replies)
         replies.cancel()
         eventually(lambda: len(server.records()) > before)
-        calls = server.server._service._checkpoints.calls
-        eventually(lambda: not calls._open)  # it has let go of the checkpoint, too
+        server.settle()
     else:
         outcome(channel, method, requests("t")[name], bearer(OF_OPS))
     (record,) = server.records()[before:]
