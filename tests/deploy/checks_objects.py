@@ -18,7 +18,7 @@ LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 CLUSTERWIDE = {"Namespace"}
 # fields of the objects for which there is no schema
 MONITOR_FIELDS = {"selector", "podMetricsEndpoints"}
-ENDPOINT_FIELDS = {"port", "interval", "relabelings"}
+ENDPOINT_FIELDS = {"port", "interval", "relabelings", "authorization"}
 GROUP_FIELDS = {"name", "rules"}
 ALERT_FIELDS = {"alert", "expr", "for", "labels", "annotations"}
 RECORD_FIELDS = {"record", "expr"}

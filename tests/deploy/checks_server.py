@@ -160,15 +160,13 @@ def addresses(objects: list[Object]) -> Iterator[str]:
 
 def security(objects: list[Object]) -> Iterator[str]:
     """The files for TLS are those of a mounted Secret; without TLS, plaintext is permitted."""
-    config, container = config_of(objects, 0), container_of(objects)
-    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    volumes = {each["name"]: each for each in template_of(objects)["spec"]["volumes"]}
+    config = config_of(objects, 0)
     for field, name in (("ca", "ca.crt"), ("certificate", "tls.crt"), ("key", "tls.key")):
         path = getattr(config, f"tls_{field}")
         if path is None:
             continue
-        mount = mounts.get(str(path.parent), {})
-        if path.name != name or "secret" not in volumes.get(mount.get("name"), {}):
+        volume, mount = _mounted(objects, path)
+        if path.name != name or "secret" not in volume:
             yield f"tls_{field} {path} is not the key {name} of a mounted Secret"
         elif not mount.get("readOnly") or "subPath" in mount:
             yield f"volumeMount {mount['name']}: must be read-only, without subPath, to be renewed"
@@ -177,6 +175,33 @@ def security(objects: list[Object]) -> Iterator[str]:
             yield f"PSCLIENT_TLS_{field.upper()} must be {path}, for psctl in the pod"
     if config.tls and config.plaintext:
         yield "plaintext is permitted, but the servers have TLS"
+
+
+def http_token(objects: list[Object]) -> Iterator[str]:
+    """The token of the HTTP port is a key of a mounted Secret, and Prometheus sends that key."""
+    path, sent, what = config_of(objects, 0).http_token_file, None, "none"
+    if path is not None:
+        volume, mount = _mounted(objects, path)
+        if "secret" not in volume:
+            yield f"http_token_file {path} is not on a mounted Secret"
+            return
+        if not mount.get("readOnly") or "subPath" in mount:
+            yield f"volumeMount {mount['name']}: must be read-only, without subPath, to be renewed"
+        secret = volume["secret"]["secretName"]
+        sent = {"credentials": {"name": secret, "key": path.name}}
+        what = f"key {path.name} of Secret {secret}"
+    for monitor in (each for each in objects if each["kind"] == "PodMonitor"):
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            if endpoint.get("authorization") != sent:
+                yield f"PodMonitor: expected authorization with {what}"
+
+
+def _mounted(objects: list[Object], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (volume, mount) of the directory of a file; {} if there is none."""
+    mounts = {mount["mountPath"]: mount for mount in container_of(objects)["volumeMounts"]}
+    volumes = {each["name"]: each for each in template_of(objects)["spec"]["volumes"]}
+    mount = mounts.get(str(path.parent), {})
+    return volumes.get(mount.get("name"), {}), mount
 
 
 def grace(objects: list[Object]) -> Iterator[str]:
@@ -193,4 +218,7 @@ def file_of_settings(objects: list[Object]) -> Iterator[str]:
         yield f"psserver.toml: unknown setting {name}"
 
 
-CHECKS = (variables, arguments, settings, addresses, security, grace, file_of_settings)
+CHECKS = (
+    *(variables, arguments, settings, addresses, security, http_token, grace),
+    file_of_settings,
+)

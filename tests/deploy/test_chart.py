@@ -97,6 +97,7 @@ def test_without_tls_plaintext_must_be_permitted() -> None:
         ("shards=0", "shards"),
         ("resources.memory=8GB", "memory"),
         ("settings.port=7001", "settings"),
+        ("settings.http_token_file=/x", "settings"),
         ("image.registry=x", "registry"),
         ("checkpoints.accessMode=ReadWriteOncePod", "accessMode"),
         ("checkpoints.url=file:///mnt", "url"),

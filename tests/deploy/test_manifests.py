@@ -130,6 +130,40 @@ def test_a_policy_is_mounted_from_a_secret(tmp_path: Path) -> None:
     assert str(config_of(objects, 0).policy_file) == "/etc/ps-policy/policy.toml"
     rendered = parse(charted("--set", "policy.secret=ps-policy"))
     assert problems(rendered) == []
+    _assert_same_pods(objects, rendered)
+
+
+def test_prometheus_sends_the_token_that_the_pods_mount(tmp_path: Path) -> None:
+    """The component and the chart do the same."""
+    objects = _production_with("httptoken", tmp_path)
+    assert str(config_of(objects, 0).http_token_file) == "/etc/ps-http/token"
+    rendered = parse(charted("--set", "http.secret=ps-http-token"))
+    assert problems(rendered) == []
+    assert only(rendered, "PodMonitor") == only(objects, "PodMonitor")
+    (endpoint,) = only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint.pop("authorization") == {
+        "credentials": {"name": "ps-http-token", "key": "token"}
+    }
+    assert problems(objects) == [
+        "http_token: PodMonitor: expected authorization with key token of Secret ps-http-token"
+    ]
+    _assert_same_pods(objects, rendered)
+    rendered = parse(charted("--set", "http.secret=other"))
+    (endpoint,) = only(rendered, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"]["credentials"] == {"name": "other", "key": "token"}
+    assert problems(rendered) == []
+
+
+def test_without_a_token_prometheus_sends_none() -> None:
+    objects = parse(charted())
+    (endpoint,) = only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert "authorization" not in endpoint
+    endpoint["authorization"] = {"credentials": {"name": "ps-http-token", "key": "token"}}
+    assert problems(objects) == ["http_token: PodMonitor: expected authorization with none"]
+
+
+def _assert_same_pods(objects: list[Object], rendered: list[Object]) -> None:
+    """Compare the pods of the overlay and of the chart, in which lists may have another order."""
     ours, theirs = (only(each, "StatefulSet")["spec"]["template"] for each in (objects, rendered))
     (found,), (expected,) = ours["spec"].pop("containers"), theirs["spec"].pop("containers")
     for pair in ((found, expected), (ours["spec"], theirs["spec"])):

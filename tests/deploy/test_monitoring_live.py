@@ -83,8 +83,16 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mount]:
 
 
 @pytest.fixture(scope="module")
+def token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the token of the servers' HTTP ports."""
+    file = tmp_path_factory.mktemp("http") / "token"
+    file.write_text("secret\n")
+    return file
+
+
+@pytest.fixture(scope="module")
 def cluster(
-    certificates: dict[str, Mount], tmp_path_factory: pytest.TempPathFactory
+    certificates: dict[str, Mount], token: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """Three shards, most of whose rows do not fit into memory."""
     program("prometheus", in_ci=False)
@@ -93,7 +101,7 @@ def cluster(
     (policy / "policy.toml").write_text(POLICY)
     flags = [*FLAGS, *certificates["server"].flags, "--checkpoint-url", url]
     flags += ["--policy-file", str(policy / "policy.toml")]
-    flags += ["--audit-file", str(policy / "audit.jsonl")]
+    flags += ["--audit-file", str(policy / "audit.jsonl"), "--http-token-file", str(token)]
     servers = Cluster(3, *flags, metrics=True).start()
     try:
         yield servers
@@ -115,7 +123,10 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(
-    cluster: Cluster, certificates: dict[str, Mount], tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster,
+    certificates: dict[str, Mount],
+    token: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Watched]:
     """The cluster after a load during which Prometheus, with the project's rules, scraped it."""
     directory = tmp_path_factory.mktemp("watching")
@@ -125,7 +136,7 @@ def watched(
         stack.callback(webhook.stop)
         alertmanager = Alertmanager(directory, webhook.port)
         stack.callback(alertmanager.stop)
-        prometheus = Prometheus(directory, targets, _impatient(), alertmanager.port)
+        prometheus = Prometheus(directory, targets, _impatient(), alertmanager.port, token)
         stack.callback(prometheus.stop)
         load = Load(cluster.addresses, certificates["client"].tls(), SECONDS / 4).start()
         time.sleep(SECONDS)

@@ -64,6 +64,7 @@ class Prometheus(Daemon):
     targets       number of a shard -> "HOST:PORT" of its metrics
     groups        groups of rules
     alertmanager  port of the Alertmanager that is sent alerts; 0: none
+    token         file with the token of the shards' HTTP ports; None: they need none
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Prometheus(Daemon):
         targets: Mapping[str, str],
         groups: Sequence[Mapping[str, Any]],
         alertmanager: int = 0,
+        token: Path | None = None,
     ) -> None:
         rules, config = directory / "rules.yaml", directory / "prometheus.yaml"
         rules.write_text(yaml.safe_dump({"groups": list(groups)}))
@@ -83,6 +85,7 @@ class Prometheus(Daemon):
             "scrape_configs": [
                 {
                     "job_name": "ps",
+                    **({"authorization": {"credentials_file": str(token)}} if token else {}),
                     "static_configs": [
                         {"targets": [address], "labels": {"shard": shard, "namespace": "ps"}}
                         for shard, address in targets.items()
