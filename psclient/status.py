@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -96,7 +96,8 @@ def status(
 
 
 class Watch:
-    """Asks all shards for their state as often as ``status`` is called; its connections stay open.
+    """Asks all shards for their state as often as ``status`` is called. Its connections stay open,
+    except those to addresses that shards have left.
 
     where   "host:port" of every shard, in order; or one "name:port" that leads to all shards
     access  how to connect; None: as the environment variables say
@@ -141,6 +142,8 @@ class Watch:
         name     DNS name through which the shards were found; "": none
         """
 
+        self._forget_all_but(servers.values())
+
         def ask(server: tuple[int, str]) -> ShardStatus:
             shard, address = server
             if wrong := addresses.problem(address):
@@ -151,6 +154,11 @@ class Watch:
             return _ask(self._channel(address, name), shard, shards, address, timeout)
 
         return list(self._pool.map(ask, servers.items()))
+
+    def _forget_all_but(self, asked: Collection[str]) -> None:
+        """Close the connections to addresses that are not to be asked any more."""
+        for key in [key for key in self._channels if key[0] not in asked]:
+            self._channels.pop(key).close()
 
     def _channel(self, address: str, name: str) -> Channel:
         """Return the connection to an address that was found through the DNS name ``name``."""
@@ -189,6 +197,7 @@ class Watch:
             found, problem = {each.shard: each for each in discovery.best()}, discovery.problem()
         self._behind_name = {}
         if not found or isinstance(problem, InvalidArgument):
+            self._forget_all_but(())
             return [ShardStatus(shard=0, address=name, state="unreachable", problem=str(problem))]
         shards = next(iter(found.values())).shards
         servers = {shard: found[shard].address for shard in sorted(found)}

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ import pytest
 from fakes import fake_server, info
 from servers import Cluster, eventually, free_ports
 
-from psclient import Client
+from psclient import Client, discovery
 from psclient.aio import AsyncClient
 from psclient.status import Watch, status
 from psproto import RELEASE
@@ -140,3 +141,42 @@ def test_a_watch_keeps_its_connections_and_finds_a_shard_that_comes_back() -> No
                 assert watch.status()[0].ready
     assert len(peers) >= 4
     assert len(set(peers)) == 1
+
+
+def test_a_watch_closes_the_connection_to_an_address_that_its_shard_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phases = [pb.PHASE_READY]  # of the server at the former address
+
+    def answer(_: bytes, __: Any) -> bytes:
+        return pb.GetStatusResponse(phase=phases[-1], shards=1).SerializeToString()
+
+    with (
+        shard(pb.GetStatusResponse(phase=pb.PHASE_READY, shards=1)) as new,
+        fake_server({"InfoService/GetStatus": answer}) as former,
+    ):
+        where = [former]
+        monkeypatch.setattr(discovery, "look_up", lambda _: where)
+        with closing(Watch("ps:7000")) as watch:
+            assert [each.address for each in watch.status()] == [former]
+            assert connections_to(former) == 1
+            where[:], phases[:] = [new], [pb.PHASE_DRAINING]
+            assert [each.address for each in watch.status()] == [new]
+            eventually(lambda: connections_to(former) == 0)
+            assert connections_to(new) == 1
+            where.clear()
+            phases[:] = [pb.PHASE_READY]
+            monkeypatch.setattr("psclient.status.KEPT_SECONDS", 0.0)
+            assert [each.state for each in watch.status(timeout=0.1)] == ["unreachable"]
+            eventually(lambda: connections_to(new) == 0)
+
+
+def connections_to(address: str) -> int:
+    """The number of open connections to an address on this machine."""
+    remote = f"0100007F:{int(address.rpartition(':')[2]):04X}"
+    sockets = [
+        line.split()
+        for version in ("tcp", "tcp6")  # gRPC uses sockets of version 6 for addresses of version 4
+        for line in Path(f"/proc/net/{version}").read_text().splitlines()
+    ]
+    return sum(each[2].endswith(remote) and each[3] == "01" for each in sockets)
