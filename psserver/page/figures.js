@@ -203,7 +203,7 @@ function problemsOf(entry, shard) {
   if (status.subscribers && status.subscribers.lag_seconds > 10) say(WARN, `: a subscriber is ${duration(status.subscribers.lag_seconds)} behind`);
   if (recent && recent.busy > 0.9) say(WARN, `has a busy engine (${percent(recent.busy)}): it is near its capacity`);
   const waited = recent ? quantile(recent.queue.bounds, recent.queue.buckets, 0.99) : null;
-  if (waited > LONG_WAIT) say(WARN, `lets requests wait for their turn (p99 of those that wait: ${milliseconds(waited)}): it is near its capacity`);
+  if (waited > LONG_WAIT) say(WARN, `lets requests wait for their turn (p99 of those that wait: ${milliseconds(waited)}): its engine or its processor is too busy`);
   if (recent && recent.refused > 0) say(WARN, `refuses ${count(recent.refused)} requests per second (RESOURCE_EXHAUSTED)`);
   if (status.gpu_paused) say(WARN, "moves no rows to the GPU: it has no memory");
   const left = status.certificate_expires ? status.certificate_expires - status.time : Infinity;

@@ -322,6 +322,36 @@ class TestTrouble:
         with cluster(figures) as port:
             visit(port).wait("#problems li", expected)
 
+    @pytest.mark.parametrize(
+        ("seconds", "share", "expected"),
+        [
+            (0.2, 0.1, []),
+            (0.2, 0.95, ["Shard 0 has a busy engine (95 %): it is near its capacity"]),
+            (0.3, 0.95, ["a busy engine", "(p99 of those that wait: 298 ms)"]),
+            (
+                0.3,
+                0.1,
+                ["(p99 of those that wait: 298 ms): its engine or its processor is too busy"],
+            ),
+        ],
+    )
+    def test_long_waits_are_said_whatever_is_short(
+        self, visit: Any, seconds: float, share: float, expected: list[str]
+    ) -> None:
+        """A server whose processor is short has an idle engine."""
+        with cluster(busy(0)) as port:
+            found = visit(port).page.evaluate(
+                """([seconds, busy]) => problemsOf(
+                  { shard: 0, status: { phase: "PHASE_READY", budgets: [] } },
+                  { recent: { busy, queue: { bounds: [0.1, seconds], buckets: [0, 9, 0] } } },
+                )""",
+                [seconds, share],
+            )
+        assert len(found) == len(expected)
+        for (severity, text), part in zip(found, expected, strict=True):
+            assert severity == "warn"
+            assert part in text
+
     def test_a_page_whose_server_is_gone_says_so(self, visit: Any) -> None:
         with cluster(busy(0)) as port:
             seen = visit(port)
