@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ports import free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from squeeze import environment
 
@@ -25,7 +24,6 @@ READY_SECONDS = 100.0  # the first start compiles the kernels
 STOP_SECONDS = 30.0
 SEGMENT = 16 << 20  # bytes of a log's file: many clusters run at once
 SETPRIV = shutil.which("setpriv")
-BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from here
 
 
 def _with_me(command: list[str]) -> list[str]:
@@ -36,31 +34,6 @@ def _with_me(command: list[str]) -> list[str]:
     """
     main = threading.current_thread() is threading.main_thread()
     return ["setpriv", "--pdeathsig", "TERM", *command] if main and SETPRIV else command
-
-
-def _port_range() -> range:
-    """Return the ports of this process of pytest: those that run beside it have others."""
-    first, end = BELOW_EPHEMERAL
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    each = (end - first) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return range(first + number * each, first + (number + 1) * each)
-
-
-def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive local ports that are free at the moment."""
-    for _ in range(1000):
-        first = random.SystemRandom().choice(_port_range()[:-count])
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for at, listener in enumerate(sockets):
-                listener.bind(("127.0.0.1", first + at))
-        except OSError:
-            continue
-        finally:
-            for listener in sockets:
-                listener.close()
-        return first
-    raise OSError(f"found no {count} consecutive free ports")
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
