@@ -42,7 +42,8 @@ class Deletion:
 
         Ancestors of a kept checkpoint are kept too. Before anything is deleted, the call waits for
         the client's Continue request, which means that all shards are ready. Raises BadRequest,
-        CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
+        CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then. Raises
+        Draining if the server stops or the client is gone; the remaining checkpoints stay then.
         """
         _require_valid(request)
         with self._calls.open(request.id, progress) as call:
@@ -58,6 +59,7 @@ class Deletion:
                     # another client may have completed a child since the first check
                     self._require_deletable(names, self._manifests())
                     for name in names:
+                        progress.require_wanted()
                         self._remove(name)
         return pb.CheckpointProgress(names=names, stage=pb.CheckpointProgress.STAGE_DONE)
 

@@ -129,6 +129,7 @@ class Restores:
                 target = self._directory / "restore" / "base"
                 with catalog.reading(name, "it is being restored") as checkpoint:
                     rows = stage(self._shard, catalog.store, checkpoint, target, progress)
+                progress.require_wanted()  # nobody may continue what a revoked right began
             except BaseException:
                 clear(self._directory)  # frees disk space
                 raise

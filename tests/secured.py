@@ -92,9 +92,15 @@ def enumerated(channel: grpc.Channel, metadata: Metadata) -> list[Method]:
 
 
 class Recording(Handlers):
-    """Handlers that record which methods they reach."""
+    """Handlers that record which methods they reach.
+
+    gate  while it is not set, operations that send many messages pause before the second
+    made  number of messages that these operations have made
+    """
 
     reached: ClassVar[list[str]] = []
+    gate: ClassVar[threading.Event] = threading.Event()
+    made: ClassVar[int] = 0
 
     def _seen(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def seen(*args: Any) -> Any:
@@ -117,7 +123,13 @@ class Recording(Handlers):
         return super().long(kind, self._seen(method_of(kind), method))
 
     def many(self, kind: Any, method: Any) -> Any:
-        return super().many(kind, self._seen(method_of(kind), method))
+        def gated(request: Any) -> Iterator[Any]:
+            for message in method(request):
+                Recording.made += 1
+                yield message
+                self.gate.wait(60)
+
+        return super().many(kind, self._seen(method_of(kind), gated))
 
     def guarded(self, name: str, call: Any) -> Any:
         direct = name in ("Stream", "Subscribe")
@@ -148,6 +160,7 @@ class Secured:
 
     def start(self) -> Secured:
         self._thread.start()
+        Recording.gate.set()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(service_module, "Handlers", Recording)
             patch.setattr(PolicyFile, "look_seconds", 0.05)
@@ -319,12 +332,16 @@ def outcome(channel: grpc.Channel, method: Method, data: bytes, metadata: Metada
     return "OK"
 
 
+REPLIES = (  # short names of the methods that send many replies
+    *("Stream", "Subscribe", "Watch", "ServerReflectionInfo"),
+    *("WriteCheckpoint", "VerifyCheckpoint", "PrepareRestore", "LoadTable", "DeleteCheckpoints"),
+    *("ReadRows", "Analyze", "VerifyRows"),
+)
 METHOD = {  # short name -> method, for the tests that do not ask the server
     path.rpartition("/")[2]: Method(
         path,
-        requests=path.endswith("/Stream"),
-        replies=path.rpartition("/")[2]
-        in ("Stream", "Subscribe", "WriteCheckpoint", "LoadTable", "DeleteCheckpoints"),
+        requests=path.endswith(("/Stream", "/ServerReflectionInfo")),
+        replies=path.rpartition("/")[2] in REPLIES,
     )
     for path in METHODS
 }

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lanes import RawLane, reason
-from secured import METHOD, Secured, bearer, call, create, outcome, requests, section, streamed
+from secured import (
+    ID,
+    METHOD,
+    REPLIES,
+    Recording,
+    Secured,
+    bearer,
+    call,
+    create,
+    enumerated,
+    outcome,
+    requests,
+    schema,
+    section,
+    streamed,
+)
+from servers import eventually
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver import restore
+from psserver.deletion import Deletion
+from psserver.work import Progress
 
 OPS = section("ops", (["*"], ["*"]))
 LESS = {
@@ -56,54 +76,147 @@ class Open:
             self.replies = channel.unary_stream(method.path)(first, metadata=metadata, timeout=120)
         next(self.replies)
 
-    def end(self) -> str:
-        """Wait for the end, and return the name of its status code."""
+    def end(self) -> tuple[str, int]:
+        """Wait for the end. Returns the name of its status code, and the number of messages before
+        it.
+        """
+        replies = 0
         with pytest.raises(grpc.RpcError) as caught:
-            list(self.replies)
+            for _ in self.replies:
+                replies += 1
         self.requests.put(None)
         error: Any = caught.value
-        return str(error.code().name)
+        return str(error.code().name), replies
 
 
-@pytest.mark.parametrize("operation", ["WriteCheckpoint", "LoadTable", "DeleteCheckpoints"])
+# methods with a stream of replies -> what keeps a call open until its right is revoked
+IDLE = ("Stream", "Subscribe", "ServerReflectionInfo")  # there is nothing to send
+WAITING = ("WriteCheckpoint", "LoadTable", "DeleteCheckpoints")  # for a barrier, or a Continue
+READING = ("VerifyCheckpoint", "PrepareRestore")  # a checkpoint; held at the gate
+SENDING = ("ReadRows", "Analyze", "VerifyRows")  # many messages; the second is held at the gate
+OPEN_TO_ALL = ("Watch",)  # needs no credential that could be revoked
+
+
+def test_every_method_that_stays_open_has_a_case(channel: grpc.Channel) -> None:
+    """As the server itself lists them, so that a new method needs a case here."""
+    found = enumerated(channel, bearer("ops"))
+    names = {each.path.rpartition("/")[2] for each in found if each.replies}
+    assert names == {*IDLE, *WAITING, *READING, *SENDING, *OPEN_TO_ALL} == set(REPLIES)
+    assert not [each for each in found if each.requests and not each.replies]
+
+
+def lasting(server: Secured) -> tuple[Any, ...]:
+    """The state of the server without files that a restore prepares."""
+    version, rows, files, _ = server.state()
+    return version, rows, {path: data for path, data in files.items() if "/restore/" not in path}
+
+
+@pytest.mark.parametrize("name", [*IDLE, *WAITING, *READING, *SENDING])
 @pytest.mark.parametrize("revoked", LESS)
 def test_everything_that_is_open_ends(
-    server: Secured, channel: grpc.Channel, revoked: str, operation: str
+    server: Secured,
+    channel: grpc.Channel,
+    revoked: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The calls are idle, or wait for a request that continues them."""
+    """Within a moment, whether it works, waits or is idle, and nothing is changed any more."""
     policy, code = LESS[revoked]
+    if name == "ServerReflectionInfo" and revoked == "a right on its table":
+        policy = section("trainer", (["status"], []))  # the right on no table
     server.change(OPS + section("trainer", (["*"], ["t"])))
+    server.settle()
     data = requests("t") | {
         "WriteCheckpoint": pb.WriteCheckpointRequest(
             name="later", attempt="0" * 16, until_barrier="never"
         ).SerializeToString()
     }
-    names = ("Stream", "Subscribe", operation)
-    opened = {name: Open(channel, name, data[name], "trainer") for name in names}
-    kept = Open(channel, "Stream", streamed(1, "t"), "ops")
-    before = server.state()[:3]
+    gate, add, stage = threading.Event(), Progress.add, restore.stage
+    if name == "VerifyCheckpoint":
+        monkeypatch.setattr(Progress, "add", lambda *args: (gate.wait(60), add(*args))[1])
+    monkeypatch.setattr(restore, "stage", lambda *args: (stage(*args), gate.wait(60))[0])
+    monkeypatch.setattr(Recording, "gate", gate)
+    assert server.server._data is not None
+    server.server._data.flusher.flush()  # so that VerifyRows has rows to verify
+    kept = Open(channel, "Stream", streamed(1, "u"), "ops")
+    opened = Open(channel, name, data[name], "trainer")
+    before = lasting(server)
     began = time.monotonic()
     server.change(OPS + policy)
-    assert {name: each.end() for name, each in opened.items()} == dict.fromkeys(names, code)
-    assert time.monotonic() - began < 60
-    assert server.state()[:3] == before
-    kept.requests.put(streamed(2, "t"))
+    if name not in READING:  # else the call ends while its thread still works
+        gate.set()
+    found, replies = opened.end()
+    assert found == code
+    if name in SENDING:
+        assert replies == 0
+    assert time.monotonic() - began < 30
+    gate.set()
+    server.settle()
+    assert lasting(server) == before
+    assert server.server._service._restores.running is None
+    assert not list(server.data.glob("restore/*"))
+    kept.requests.put(streamed(2, "u"))
     assert codec.decode_stream_response(next(kept.replies))[0] == 2
     kept.requests.put(None)
 
 
-def test_reflection_ends(server: Secured, channel: grpc.Channel) -> None:
-    server.change(OPS + section("trainer", (["admin"], [])))
-    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    asked.put(reflection_pb2.ServerReflectionRequest(list_services=""))
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    replies = stub.ServerReflectionInfo(iter(asked.get, None), metadata=bearer("trainer"))
-    next(replies)
-    server.change(OPS + section("trainer", (["status"], [])))
-    with pytest.raises(grpc.RpcError) as caught:
-        next(replies)
-    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
-    asked.put(None)
+def test_a_deletion_stops_between_two_checkpoints(
+    server: Secured, channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, gate, removed = [f"old-{at}" for at in range(3)], threading.Event(), list[str]()
+    for name in names:
+        server.checkpoint(name)
+    server.change(OPS + section("trainer", (["delete_checkpoints"], [])))
+    remove = Deletion._remove
+
+    def gated(self: Deletion, name: str) -> None:
+        remove(self, name)
+        removed.append(name)
+        gate.wait(60)
+
+    monkeypatch.setattr(Deletion, "_remove", gated)
+    request = pb.DeleteCheckpointsRequest(names=names, id=ID % 7)
+    opened = Open(channel, "DeleteCheckpoints", request.SerializeToString(), "trainer")
+    begin = pb.ContinueRequest(id=ID % 7, step=pb.ContinueRequest.STEP_START)
+    call(channel, METHOD["Continue"], begin.SerializeToString(), bearer("trainer"))
+    eventually(lambda: removed)
+    server.change(OPS)
+    assert opened.end()[0] == "UNAUTHENTICATED"
+    gate.set()
+    server.settle()
+    assert removed == names[:1]
+    left = server.server._service._checkpoints.catalog.names()
+    assert [name for name in names if name in left] == names[1:]
+
+
+@pytest.mark.parametrize("name", ["ReadRows", "Subscribe"])
+def test_what_a_client_does_not_read_ends(
+    server: Secured, channel: grpc.Channel, name: str
+) -> None:
+    """The server waits with a message in hand, for which the client has no room."""
+    table = f"large.{name}"
+    server.change(OPS + section("trainer", (["*"], [table])))
+    made = bytes(pb.CreateTableRequest(schema=schema(table, 256)).SerializeToString())
+    call(channel, METHOD["CreateTable"], made, bearer("ops"))
+    keys = np.arange(20_000, dtype=np.uint64)
+    for part in np.split(keys, 4):
+        sent = codec.PushMessage(
+            pb.PushHeader(table=table), part, None, np.ones((len(part), 256), np.float32)
+        )
+        call(channel, METHOD["Push"], bytes(codec.encode_push(sent)), bearer("ops"))
+    limits, feed = server.server._service._limits, server.server._service._feed
+    with server.channel() as own:
+        opened = Open(own, name, requests(table)[name], "trainer")
+        seen = -1
+        while seen != (seen := Recording.made + feed.messages):  # the server can send no more
+            time.sleep(0.3)
+        assert limits._calls + feed.subscribers == 1
+        server.change(OPS)
+        eventually(lambda: not limits._calls and not feed.subscribers)
+        code, replies = opened.end()
+    assert code == "UNAUTHENTICATED"
+    assert replies < 30
+    call(channel, METHOD["DropTable"], requests(table)["DropTable"], bearer("ops"))
 
 
 def test_a_stream_goes_on_if_the_rights_that_it_uses_stay(
@@ -133,7 +246,7 @@ def test_a_token_is_replaced_without_an_interruption(
     old = Open(channel, "Stream", streamed(1, "t"), "old")
     new = Open(channel, "Stream", streamed(1, "t"), "new")
     server.change(both("new"))
-    assert old.end() == "UNAUTHENTICATED"
+    assert old.end() == ("UNAUTHENTICATED", 0)
     new.requests.put(streamed(2, "t"))
     assert codec.decode_stream_response(next(new.replies))[0] == 2
     new.requests.put(None)
