@@ -80,13 +80,12 @@ class Open:
         """Wait for the end. Returns the name of its status code, and the number of messages before
         it.
         """
-        replies = 0
+        replies: list[bytes] = []
         with pytest.raises(grpc.RpcError) as caught:
-            for _ in self.replies:
-                replies += 1
+            replies.extend(self.replies)
         self.requests.put(None)
         error: Any = caught.value
-        return str(error.code().name), replies
+        return str(error.code().name), len(replies)
 
 
 # methods with a stream of replies -> what keeps a call open until its right is revoked
