@@ -18,6 +18,7 @@ from psclient.tools.figures import (
     percent,
     share,
     size,
+    size_ticks,
     small,
     ttls,
     when,
@@ -200,14 +201,14 @@ def _memory(result: Analysis) -> Chart:
         "hovertemplate": "%{y}: %{customdata}<extra></extra>",
     }
     layout = {
-        "xaxis": {"title": {"text": "bytes"}, "rangemode": "tozero", "tickformat": ".3~s"},
+        "xaxis": _axis_of_bytes([count for _, _, count in parts]),
         "yaxis": CATEGORIES,
     }
     lines = [
         (name, "" if rows is None else f"{rows:,}", size(count)) for name, rows, count in parts
     ]
     about = "Memory by part: rows of each tier, unused room included, index and counters."
-    return Chart("Memory", about, [trace], layout, ("part", "rows", "bytes"), lines)
+    return Chart("Memory", about, [trace], layout, ("part", "rows", "memory"), lines)
 
 
 def _misses(result: Analysis) -> list[Chart]:
@@ -271,15 +272,21 @@ def _growth_of_rows(moments: Sequence[Moment]) -> Chart:
 
 def _growth_of_memory(moments: Sequence[Moment]) -> Chart:
     """Return a chart of memory over time."""
-    axis = {"rangemode": "tozero", "tickformat": ".3~s", "title": {"text": "bytes"}}
+    line = _line("memory", [(each.time, each.bytes) for each in moments])
     return Chart(
         "Growth of memory",
         "Memory of this table in earlier analyses.",
-        [_line("bytes", [(each.time, each.bytes) for each in moments])],
-        {"xaxis": {"type": "date"}, "yaxis": axis},
+        [line],
+        {"xaxis": {"type": "date"}, "yaxis": _axis_of_bytes([each.bytes for each in moments])},
         ("time", "memory"),
         [(when(each.time), size(each.bytes)) for each in moments],
     )
+
+
+def _axis_of_bytes(counts: Sequence[int]) -> dict[str, Any]:
+    """Return an axis for numbers of bytes that starts at 0."""
+    values, labels = size_ticks(max(counts, default=0))
+    return {"rangemode": "tozero", "tickmode": "array", "tickvals": values, "ticktext": labels}
 
 
 def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from psclient.tools.arrow import KeyType
 from psclient.tools.misses import CURVES, curves, sizes
 from psclient.tools.summary import GPU, Analysis, Histogram, RowList, Tier
 
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")  # each is 1024 times the one before
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # distances of ticks on an axis, in one of the units
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,21 @@ class Threshold:
 
 
 def size(count: float) -> str:
-    """Format a number of bytes with a unit: 1234567 as "1.23 MB"."""
-    power = 0 if count < 1000 else min(int(math.log10(count) // 3), len(UNITS) - 1)
-    return f"{count / 1000**power:.3g} {UNITS[power]}" if power else f"{count:.0f} B"
+    """Format a number of bytes as the status page does: 1234567 as "1.18 MiB"."""
+    power = 0
+    while count >= 1024 and power < len(UNITS) - 1:
+        count, power = count / 1024, power + 1
+    text = f"{count:.0f}" if power == 0 or count >= 100 else f"{count:#.3g}".rstrip(".")
+    return f"{text} {UNITS[power]}"
+
+
+def size_ticks(most: float) -> tuple[list[int], list[str]]:
+    """Return (values, labels) of at most 9 ticks of an axis of bytes that ends at ``most``."""
+    steps = ((step, power) for power in range(len(UNITS)) for step in STEPS)
+    step, power = next(each for each in steps if most <= 7 * each[0] * 1024 ** each[1])
+    values = [at * step for at in range(int(most / (step * 1024**power)) + 2)]
+    labels = [f"{value} {UNITS[power]}" if value else "0" for value in values]
+    return [value * 1024**power for value in values], labels
 
 
 def number(value: float) -> str:

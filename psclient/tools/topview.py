@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from psclient.tools.figures import UNITS
 from psclient.tools.rates import Sample, ShardError, ShardRates, TableRates
 
 View = Literal["all", "shards", "tables", "errors"]
@@ -19,7 +20,8 @@ VIEWS: tuple[View, ...] = ("all", "shards", "tables", "errors")
 SORTS = ("shard", "requests", "p99", "memory")  # columns by which shards can be sorted
 CLOCK = 90  # columns of a terminal from which on the time is shown
 WIDE = 160  # columns of a terminal from which on more is shown
-WIDEST = 190  # the same, with the columns of GPU memory and of amounts instead of shares
+WIDER = 180  # the same, with amounts of memory and disk in addition to shares
+WIDEST = 205  # the same, if there is a column of GPU memory
 ADDRESS = 24  # longest address that is shown
 HEADS = 3  # lines of a table besides its rows: title, heads, rule
 STYLES = {"ready": "green", "starting": "magenta", "restoring": "magenta", "draining": "magenta"}
@@ -123,7 +125,7 @@ def _shards(sample: Sample, look: Look, width: int, most: int) -> tuple[str, Tab
     columns = [each for each in COLUMNS if wide or not each.wide]
     if all(each.gpu_bytes is None for each in sample.shards):
         columns = [each for each in columns if each.head != "GPU"]
-    amounts = width >= (WIDE if len(columns) < len(COLUMNS) else WIDEST)
+    amounts = width >= (WIDER if len(columns) < len(COLUMNS) else WIDEST)
     cells = [each.full or each.cell if amounts else each.cell for each in columns]
     table = _table(*(each.head for each in columns))
     lines = [
@@ -201,7 +203,7 @@ COLUMNS = (
     Column("up", lambda each: duration(each.uptime_seconds), wide=True),
     Column("req/s", lambda each: count(each.requests_per_second)),
     Column("keys/s", lambda each: count(each.keys_per_second)),
-    Column("B/s", lambda each: count(each.bytes_per_second)),
+    Column("B/s", lambda each: size(each.bytes_per_second)),
     Column("p50", lambda each: duration(each.p50_seconds)),
     Column("p99", lambda each: duration(each.p99_seconds)),
     Column("busy", lambda each: percent(each.engine_busy)),
@@ -308,13 +310,13 @@ def count(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Format a number of bytes in at most 6 characters: "-", "12 B", "1.2 KB", "35 MB"."""
+    """Format a number of bytes in at most 6 characters: "-", "12B", "1.2KiB", "35MiB"."""
     if value is None:
         return "-"
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            return f"{value:.1f} {unit}" if unit != "B" and value < 9.95 else f"{value:.0f} {unit}"
-        value /= 1000
+    for unit in UNITS:
+        if value < 999.5 or unit == UNITS[-1]:
+            return f"{value:.1f}{unit}" if unit != "B" and value < 9.95 else f"{value:.0f}{unit}"
+        value /= 1024
     raise AssertionError
 
 

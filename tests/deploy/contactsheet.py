@@ -23,14 +23,16 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from psclient.tools.figures import size_ticks
+
 Ask = Callable[[str], list[dict[str, Any]]]  # PromQL expression -> series of its result
 SECONDS, STEP = 120, 2  # length of the time axis, and distance of two points
 CELL = (66, 36)  # width and height of a cell of Grafana's grid, in pixels
 COLORS = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0")
 UNITS: dict[str, dict[str, Any]] = {  # Grafana's unit -> format of the axis
     "s": {"exponentformat": "SI", "ticksuffix": "s"},
-    "bytes": {"exponentformat": "SI", "ticksuffix": "B"},
-    "Bps": {"exponentformat": "SI", "ticksuffix": "B/s"},
+    "bytes": {"tickmode": "array"},
+    "binBps": {"tickmode": "array", "ticksuffix": "/s"},
     "reqps": {"exponentformat": "SI", "ticksuffix": " req/s"},
     "cps": {"exponentformat": "SI", "ticksuffix": "/s"},
     "percentunit": {"tickformat": ".3~%"},
@@ -142,7 +144,12 @@ def _lines(figure: go.Figure, panel: dict[str, Any], ask: Ask) -> None:
             figure.add_hline(step["value"], line={"color": "#e02f44", "dash": "dash", "width": 1.5})
     if not figure.data:
         figure.add_annotation(text="No data", showarrow=False, font={"size": 16})
-    figure.update_yaxes(rangemode="tozero", nticks=6, **UNITS[defaults["unit"]])
+    axis = {**UNITS[defaults["unit"]]}
+    if axis.get("tickmode") == "array":
+        heights = [max(line.y, default=0) for line in figure.data]
+        most = sum(heights) if stacked else highest
+        axis["tickvals"], axis["ticktext"] = size_ticks(most)
+    figure.update_yaxes(rangemode="tozero", nticks=6, **axis)
 
 
 def _heatmap(figure: go.Figure, panel: dict[str, Any], ask: Ask) -> None:

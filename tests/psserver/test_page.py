@@ -12,6 +12,7 @@ import pytest
 from servers import free_ports
 from sites import HOST, Figures, site
 
+from psclient.tools.figures import size
 from psproto import ps_pb2 as pb
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install embedding-ps[test]")
@@ -247,9 +248,14 @@ class TestLive:
                 ("milliseconds(0.00996)", "10 ms"),
                 ("milliseconds(99.9)", "100 s"),
                 ("count(999999999)", "1000 M"),
-                ("bytes(1024 * 99.99)", "100 KiB"),
             ]:
                 assert seen.page.evaluate(code) == expected
+
+    def test_bytes_are_written_as_psctl_writes_them(self, visit: Any) -> None:
+        with cluster(busy(0)) as port:
+            seen = visit(port)
+            for number in (0, 1, 1023, 1024, 99.99 * 1024, 123_456, 5 << 30, 3 << 50, 5000 << 50):
+                assert seen.page.evaluate(f"bytes({number})") == size(number)
 
     def test_a_percentile_is_found_in_its_bucket(self, visit: Any) -> None:
         with cluster(busy(0)) as port:

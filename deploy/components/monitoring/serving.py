@@ -58,7 +58,7 @@ SERVING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Bytes of requests",
-            "Bps",
+            "binBps",
             "Bytes per second of keys, rows and gradients in served requests, by method.",
             {"{{method}}": rate("ps_array_bytes_total", "method")},
             Kind.STACKED,

@@ -65,7 +65,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
     "Log and freshness": (
         Panel(
             "Bytes written to the log",
-            "Bps",
+            "binBps",
             "Bytes of changes per second that are appended to the version log.",
             {SHARD: rate("ps_log_written_bytes_total", "shard")},
         ),
@@ -136,7 +136,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Bytes to subscribers",
-            "Bps",
+            "binBps",
             "Bytes per second sent to subscribers.",
             {SHARD: rate("ps_subscriber_bytes_total", "shard")},
         ),
@@ -193,7 +193,7 @@ STORING: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Verified bytes",
-            "Bps",
+            "binBps",
             "Bytes per second on disk that were read and verified in the background.",
             {SHARD: rate("ps_scrubbed_bytes_total", "shard")},
         ),

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from psclient.tools.figures import size
 
 
 @contextmanager
@@ -40,12 +41,14 @@ def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
 
 
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
-    """Format an amount and its average speed: "12 MB of 30 MB, 3 MB/s" or "12 rows, 3 rows/s"."""
+    """Format an amount and its average speed: "12.0 MiB of 30.0 MiB, 3.00 MiB/s", or
+    "12 rows, 3 rows/s".
+    """
     speed = int(done / seconds) if seconds else 0
     if unit != "bytes":
         return f"{done:,} {unit}, {speed:,} {unit}/s"
-    whole = f" of {filesize.decimal(total)}" if total > done else ""
-    return f"{filesize.decimal(done)}{whole}, {filesize.decimal(speed)}/s"
+    whole = f" of {size(total)}" if total > done else ""
+    return f"{size(done)}{whole}, {size(speed)}/s"
 
 
 def summed(show: Callable[[int, int], None]) -> Callable[[int], None]:

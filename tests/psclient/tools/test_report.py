@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from psclient.tools import terminal
 from psclient.tools.history import Moment
 from psclient.tools.keys import Deletion, KeyInfo
 from psclient.tools.summary import Analysis, Histogram, RowList, Tier
+
+ROOT = Path(__file__).parents[3]
 
 EVIL = "</script><img src=x onerror=alert(1)>&\"'"
 
@@ -245,8 +248,8 @@ def test_the_terminal_shows_what_thresholds_would_do() -> None:
     for line in (
         "rows 1,000",
         "waiting keys 77",
-        "host 1,000 123 kB",
-        "admission 4.1 kB",
+        "host 1,000 121 KiB",
+        "admission 4.00 KiB",
         "shard 1 400 40.0% ████████████████",
         "4 … 7 150 15.0% ███████▎",
         "3 700 70.0% 30.0%",
@@ -303,10 +306,45 @@ def test_keys_show_what_is_known_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (123_456, "123 kB"), (5 * 10**15, "5 PB")],
+    [
+        *((0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (123_456, "121 KiB")),
+        *((99.99 * 1024, "100 KiB"), (5 << 50, "5.00 PiB"), (5000 << 50, "5000 PiB")),
+    ],
 )
-def test_bytes_have_units(count: int, text: str) -> None:
+def test_bytes_have_units(count: float, text: str) -> None:
     assert known.size(count) == text
+
+
+def test_no_program_and_no_panel_writes_bytes_with_other_units() -> None:
+    other = re.compile(
+        r'(?<![\w-])[kKMGT]B\b|filesize\.decimal|"(Bps|decbytes|deckbytes|decmbytes)"'
+    )
+    places = ("psclient", "psserver", "storage", "deploy/components/monitoring")
+    files = [
+        path
+        for place in places
+        for path in (ROOT / place).rglob("*")
+        if path.suffix in (".py", ".js") and not path.name.startswith("uPlot")
+    ]
+    assert len(files) > 300
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in files
+        for line in path.read_text().splitlines()
+        if other.search(line.replace(r"(\d+) kB$", ""))  # of /proc/meminfo
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 999, 123_456, 7 << 30, 50 << 30, 600 << 40, 3000 << 50])
+def test_an_axis_of_bytes_has_few_ticks_in_one_unit_up_to_its_end(most: int) -> None:
+    values, labels = known.size_ticks(most)
+    assert values[0] == 0
+    assert len(values) <= 9
+    assert values[-2] <= most <= values[-1]
+    (unit,) = {each.split()[1] for each in labels[1:]}
+    power = 1024 ** known.UNITS.index(unit)
+    assert [each * power for each in [0, *(int(each.split()[0]) for each in labels[1:])]] == values
 
 
 @pytest.mark.parametrize(

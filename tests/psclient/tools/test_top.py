@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from psclient.status import ShardStatus
 from psclient.tools import ctl, topview
 from psclient.tools.rates import Sample, ShardRates, quantile, sample
-from psclient.tools.topview import SORTS, VIEWS, Look, screen
+from psclient.tools.topview import SORTS, VIEWS, WIDER, Look, screen
 from psproto import ps_pb2 as pb
 
 MAIN = "from psclient.tools.ctl import main; main()"
@@ -158,20 +158,24 @@ WIDEST = ShardRates(
         "turn_wait_seconds": 0.000999,
         "p50_seconds": 0.0099,
         "p99_seconds": 5999,
-        "memory_bytes": 999_999_999_999,
-        "memory_limit_bytes": 999_999_999_999,
+        "bytes_per_second": 999.4 * 1024,
+        **{f"{of}_bytes": 999.4 * 1024**3 for of in ("memory", "gpu", "disk")},
+        **{f"{of}_limit_bytes": 999.4 * 1024**3 for of in ("memory", "gpu", "disk")},
         **dict.fromkeys(("uptime_seconds", "lag_seconds", "flush_age_seconds"), 5999.0),
     }
 )
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 12), (160, 40), (200, 50)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(80, 24), (100, 12), (160, 40), (WIDER, 45), (topview.WIDEST, 50)]
+)
 @pytest.mark.parametrize("shards", [1, 3, 64])
 def test_everything_fits(view: Any, width: int, height: int, shards: int) -> None:
     old = [status(figures(10), i) for i in range(shards)]
     found = between(old, [status(figures(12, requests=10**6), i) for i in range(shards)])
-    found = replace(found, shards=[replace(WIDEST, shard=i) for i in range(shards)])
+    widest = WIDEST if width != WIDER else replace(WIDEST, gpu_bytes=None, gpu_limit_bytes=None)
+    found = replace(found, shards=[replace(widest, shard=i) for i in range(shards)])
     lines = drawn(found, Look(view=view, sort="requests"), width, height)
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
@@ -221,8 +225,12 @@ def test_shards_are_sorted_by_the_chosen_column() -> None:
         (topview.count, 999.6, "1.0k"),
         (topview.count, 12_345.0, "12k"),
         (topview.count, 1.5e15, "1500T"),
-        (topview.size, 999.0, "999 B"),
-        (topview.size, 1500.0, "1.5 KB"),
+        (topview.size, 999.0, "999B"),
+        (topview.size, 1024.0, "1.0KiB"),
+        (topview.size, 1500.0 * 1024, "1.5MiB"),
+        (topview.size, 999.6 * 1024**2, "1.0GiB"),
+        (topview.size, 12.0 * 1024**3, "12GiB"),
+        (topview.size, 5000.0 * 1024**5, "5000PiB"),
         (topview.duration, None, "-"),
         (topview.duration, 0.0, "0us"),
         (topview.duration, 0.00085, "850us"),
