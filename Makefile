@@ -7,20 +7,29 @@ PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers
 
 # Run tests. Those that fail run once more, alone, and are named; a second failure counts.
 define pytest
-$(RUN) -m pytest $(1) $(2) || $(RUN) -m pytest $(1) -v --last-failed --last-failed-no-failures none
+$(RUN) $(PYTEST) $(1) $(2) || $(RUN) $(PYTEST) $(1) -v --last-failed --last-failed-no-failures none
 endef
+PYTEST = -m pytest -o cache_dir=.pytest_cache/$@  # which has the names of those that failed
 
 BACKENDS = with-keras-torch with-keras-jax with-keras-tensorflow  # Keras has three backends
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold slow gpu check manifests image pods bench audit fuzz proto clean
-.PHONY: frameworks with-torchrec with-jax $(BACKENDS)
+.PHONY: demo test quick cold cold-beside slow slow-servers slow-deploy gpu check manifests image pods
+.PHONY: bench audit fuzz proto clean frameworks with-torchrec with-jax $(BACKENDS)
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
 
-test: quick cold slow frameworks  ## every test
+SYNC = --output-sync=target
+
+test: quick  ## every test
+	$(MAKE) --jobs=3 $(SYNC) cold-beside slow-deploy .venv-keras/ready .venv-torchrec/ready
+	$(MAKE) slow-servers
+	$(MAKE) --jobs=2 $(SYNC) frameworks
+
+cold-beside:  # tests of pods mostly wait, and some measure how long
+	nice $(MAKE) cold
 
 quick: .venv/dev  ## the tests to run all day
 	$(call pytest,-m "not slow and not long" --ignore tests/frameworks,$(PARALLEL))
@@ -29,8 +38,12 @@ cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
 	$(call pytest,--cold --hbm -m "not slow" --ignore tests/frameworks,$(PARALLEL))
 	$(call pytest,--cold -m slow tests/cluster,$(PARALLEL))
 
-slow: .venv/dev  ## longer tests, and those that kill processes, fill disks and start pods
+slow: slow-servers slow-deploy  ## longer tests, and those that kill processes, fill disks and start pods
+
+slow-servers: .venv/dev
 	$(call pytest,-m "slow or long" --ignore tests/deploy --ignore tests/frameworks,$(PARALLEL))
+
+slow-deploy: .venv/dev
 	$(call pytest,-m "slow or long" tests/deploy)
 
 # Each framework has its tests in tests/frameworks, in an environment that has the framework.

@@ -5,11 +5,12 @@
 Debian's packages give the base: debootstrap installs them into an empty container. pip downloads
 the wheels with this machine's own configuration, and the build installs them without a network.
 The base, the wheels and the layers of the image are kept in build/deploy, so that a later build
-takes seconds.
+takes seconds. A build waits until another one has ended.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -104,12 +105,13 @@ def build() -> Image:
     if reason := missing():
         raise BuildFailed(reason)
     STORE.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:
+    with (STORE / "lock").open("w") as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         steps = pool.submit(_make_base), pool.submit(_download_wheels)
         for step in steps:
             step.result()
-    _build_image()
-    return inspect()
+        _build_image()
+        return inspect()
 
 
 def _make_base() -> None:
