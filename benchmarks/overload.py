@@ -70,7 +70,11 @@ class Generator:
         assert self._process.stdout is not None
         flood = {"address": self._address, "rate": rate, "seconds": seconds, "deadline": DEADLINE}
         self._process.stdin.write(json.dumps(flood | more) + "\n")
-        found = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            status = self._process.wait(10)
+            raise RuntimeError(f"the generator ended with status {status} in its answer")
+        found = json.loads(line)
         return {name: np.array(values) for name, values in found.items()}
 
 
