@@ -175,3 +175,7 @@ def _refuse(error: ConfigError) -> NoReturn:
 def main() -> None:
     """Run the command ``psserver`` with the arguments of this process."""
     app(prog_name="psserver")
+
+
+if __name__ == "__main__":
+    main()

@@ -168,3 +168,17 @@ def test_proto_is_a_source_root_and_no_package() -> None:
 def test_a_file_has_one_purpose_and_at_most_500_lines() -> None:
     lengths = {shown(path): len(path.read_text().splitlines()) for path in WRITTEN}
     assert not {name: length for name, length in lengths.items() if length > 500}
+
+
+def test_a_file_with_a_main_runs_it() -> None:
+    """So `python -m MODULE` never does nothing, and reports success."""
+    mains = [
+        path
+        for path in (*WRITTEN, *(ROOT / "benchmarks").rglob("*.py"))
+        if "main" in {each.name for each in parsed(path).body if isinstance(each, ast.FunctionDef)}
+    ]
+    assert {"ctl.py", "cli.py"} <= {path.name for path in mains}
+    asking = "__name__ == '__main__'"
+    for path in mains:
+        asked = [ast.unparse(each.test) for each in parsed(path).body if isinstance(each, ast.If)]
+        assert asking in asked, shown(path)

@@ -24,3 +24,7 @@ app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__modul
 def main() -> None:
     """Run ``psctl``."""
     app(prog_name="psctl")
+
+
+if __name__ == "__main__":
+    main()
