@@ -18,6 +18,8 @@ from crosscheck import problems
 from mutations import RUNNING
 from schema import violations
 
+from psclient.discovery import LOOK_SECONDS
+from psclient.retry import LONGEST_PAUSE
 from tests.deploy import image
 from tests.deploy.simulator.controlplane import Refused
 from tests.deploy.simulator.objects import Object, is_ready, phase_of, restarts_of
@@ -26,7 +28,10 @@ from tests.deploy.simulator.training import Trainer, run_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-EXTRA = 2.0  # seconds that a stall may be longer than the shard was away
+CONNECT = 1.0  # seconds: grpc.max_reconnect_backoff_ms of the client
+# Seconds that a stall may be longer than the shard was away: in the worst case, the client connects
+# in vain, looks the name up, asks the address, and pauses before its next attempt.
+EXTRA = CONNECT + 2 * LOOK_SECONDS + LONGEST_PAUSE
 DISK = 256  # mebibytes of the disk of shard 1
 PULL = (
     "from psclient import Client; print(Client('ps:7000').table('full').pull([1, 2, 3, 4]).shape)"
@@ -230,8 +235,8 @@ def test_a_pod_beyond_the_shards_stays_not_ready_and_disturbs_nobody(pods: Simul
         assert "checkpoint" in pods.log("ps-3")
         pods.control.scale("ps", 3)
         pods.wait("ps-3 is gone", lambda: "ps-3" not in running(pods))
-    check(trainer)
-    assert trainer.report.stalls == []
+    check(trainer)  # a trainer that followed the pod would have stalled while it was there, 10 s
+    assert all(took < EXTRA for _, took in trainer.report.stalls)
 
 
 def running(pods: Simulator) -> set[str]:
