@@ -14,6 +14,7 @@ security/policy.py      read a policy: principals, their credentials, rights and
 security/audit.py       write a line for each change and each refused attempt
 security/policyfile.py  read the policy file again when it changes
 security/httptoken.py   protect the HTTP port with a token
+security/pem.py          read certificates and private keys in the format PEM
 security/guard.py       find out who calls, and refuse what the policy does not allow
 memory.py        find the memory limit of the process, and divide it among its uses
 flaghelp.py      format the text of `psserver serve --help`
@@ -93,7 +94,6 @@ peers.py         list the connections of the process, with their byte counts
 connections.py   close connections whose peers do not finish their messages
 warm.py          compile the kernels before they are needed
 datadir.py       lock, recover and close a shard's data directory
-security/pem.py          read certificates and private keys in the format PEM
 security/certificates.py  the server's TLS certificates, read again when their files change
 doctor.py        check whether the machine and the settings suit a server
 phase.py         what a server is doing, from its start to its stop
@@ -144,6 +144,7 @@ overview.py      the figures of all shards
 webmessages.py   requests and responses of HTTP
 site.py          the pages of the HTTP port
 exposition.py    serve them, and limit what clients can occupy
+acceptor.py      the gRPC server, which no call can stop
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order
 logs.py          write log lines to stderr

@@ -8,13 +8,12 @@ and refuses calls with NOT_A_SHARD.
 
 from __future__ import annotations
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from psproto import keepalive
-from psserver import transport
+from psserver import acceptor, transport
 from psserver.addresses import bind, cannot_listen, join
 from psserver.config import ServerConfig
 from psserver.connections import Connections
@@ -24,6 +23,7 @@ from psserver.health import Health
 from psserver.identity import Identity
 from psserver.security.certificates import Certificates
 from psserver.security.guard import Guard
+from psserver.security.verbs import LANE, METHODS
 from psserver.service import Service
 from psserver.unusable import ConfigError
 
@@ -65,14 +65,15 @@ class Listener:
         Raises ConfigError if the port cannot be used.
         """
         config = self._config
-        self._server = grpc.aio.server(
-            options=[
+        self._server = acceptor.server(
+            self._door,
+            [path for path in METHODS if path != LANE],
+            [
                 ("grpc.so_reuseport", 0),
                 *transport.options(config),
                 *keepalive.server_options(),
-            ]
+            ],
         )
-        self._server.add_generic_rpc_handlers((self._door,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._door)
         names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(

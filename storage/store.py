@@ -9,6 +9,7 @@ is cached. Every call has a deadline (deadline.py).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ SECONDS = 120.0  # for one operation: 64 MiB at least, or a sync of them
 BUFFER_BYTES = 256 << 10  # small writes are collected up to this size
 T = TypeVar("T")
 
+_PASSWORD = re.compile(r"(?<=://)([^/:@]*):[^/]*@")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # a FIFO must not block the open; whether it is a regular file is seen afterwards
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -55,7 +57,7 @@ class Store:
                 url, use_listings_cache=False, skip_instance_cache=True
             )
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {error}") from error
+            raise ValueError(f"{_shown(url)}: {error}") from error
         self._root = root.rstrip("/")
         self.local = "file" in _protocols(self._files)
         self._deadlines = Deadlines(seconds)
@@ -113,8 +115,8 @@ class Store:
         self._run(path, lambda: self._remove(path))
 
     def where(self, path: str) -> str:
-        """Return the full URL of ``path``, by which errors name it."""
-        return f"{self.url.rstrip('/')}/{path}"
+        """Return the full URL of ``path``, by which errors name it, without a password."""
+        return f"{_shown(self.url).rstrip('/')}/{path}"
 
     def _run(
         self, path: str, function: Callable[[], T], undo: Callable[[T], None] | None = None
@@ -320,6 +322,11 @@ class Output:
                 function()
 
         self._deadlines.call(self._where, call)
+
+
+def _shown(url: str) -> str:
+    """Return a URL for messages: without the password that it may have."""
+    return _PASSWORD.sub(r"\1:***@", url)
 
 
 def _write_all(file: Any, views: Sequence[memoryview]) -> None:

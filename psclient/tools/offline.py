@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import secrets
 import select
 import socket
 import subprocess
@@ -39,9 +41,10 @@ def opened(location: str) -> Iterator[tuple[Client, str]]:
     location  directory of the checkpoint, or its URL: what the servers have as checkpoint_url, and
               the checkpoint's name after it
 
-    The server runs on this machine, holds no tables and changes nothing. It ends with the block, or
-    with this process. Raises InvalidArgument if the location cannot be a checkpoint or the package
-    lacks the server, and Unavailable if the server does not start.
+    The server runs on this machine, holds no tables and changes nothing. It needs a token that only
+    this user can read, because every user of the machine can connect to its port. It ends with the
+    block, or with this process. Raises InvalidArgument if the location cannot be a checkpoint or
+    the package lacks the server, and Unavailable if the server does not start.
     """
     parent, name = _divided(location)
     if importlib.util.find_spec("psserver") is None:
@@ -50,11 +53,15 @@ def opened(location: str) -> Iterator[tuple[Client, str]]:
             " 'embedding-ps[server]'"
         )
     port = _free_port()
-    with tempfile.TemporaryFile() as errors:
-        process = _start(parent, port, errors)
+    with (
+        tempfile.TemporaryDirectory() as directory,  # for this user alone
+        tempfile.TemporaryFile() as errors,
+    ):
+        token = Path(directory, "token")
+        process = _start(parent, port, errors, _policy(token))
         try:
             _wait(process, location, errors)
-            with Client([f"127.0.0.1:{port}"], tls=False, token_file="") as client:  # nosec B106
+            with Client([f"127.0.0.1:{port}"], tls=False, token_file=str(token)) as client:
                 yield client, name
         finally:
             process.terminate()
@@ -81,15 +88,34 @@ def _divided(location: str) -> tuple[str, str]:
     return path.parent.as_uri(), path.name
 
 
-def _start(parent: str, port: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+def _policy(token: Path) -> Path:
+    """Write a random token to a file, and next to it a policy that lets its owner read
+    checkpoints. Returns the path of the policy.
+    """
+    word = secrets.token_hex(32)
+    token.write_text(word)
+    path = token.with_name("policy.toml")
+    path.write_text(
+        f"""[principals.reader]
+tokens = ["{hashlib.sha256(word.encode()).hexdigest()}"]
+grants = [{{ verbs = ["checkpoint"] }}, {{ verbs = ["export"], tables = ["*"] }}]
+"""
+    )
+    return path
+
+
+def _start(parent: str, port: int, errors: IO[bytes], policy: Path) -> subprocess.Popen[bytes]:
     """Start a server without tables.
 
-    parent  its checkpoint_url
+    parent  its checkpoint_url, which other users cannot see: it may have a password
     port    its port
     errors  file for its messages
+    policy  its policy_file
     """
     settings = {name: each for name, each in os.environ.items() if not name.startswith(SETTINGS)}
-    flags = ["--port", str(port), "--metrics-port", "0", "--checkpoint-url", parent]
+    settings[f"{SETTINGS}CHECKPOINT_URL"] = parent
+    flags = ["--port", str(port), "--metrics-port", "0", "--policy-file", str(policy)]
+    flags += ["--audit-file", os.devnull]
     return subprocess.Popen(
         [sys.executable, "-c", SERVER, "serve", *flags],
         stdin=subprocess.PIPE,

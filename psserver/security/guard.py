@@ -37,11 +37,7 @@ NO_CREDENTIALS = (
     "the call has no credentials: expected the metadata 'authorization: Bearer TOKEN' (psclient and"
     " psctl send it with token_file), or a client certificate with a name in the policy"
 )
-NAMES = {  # property of gRPC's authentication context -> prefix of the names in a policy
-    "peer_uri": "uri",
-    "peer_dns": "dns",
-    "x509_common_name": "cn",
-}
+CERTIFICATE = "x509_pem_cert"  # property of gRPC's authentication context
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Decode = Callable[[Any, int], tuple[Any, "codec.Exchange | Exception"]]
@@ -370,16 +366,16 @@ def _authenticate(policy: Policy, context: Context) -> tuple[Proof, Principal]:
     if (found := policy.of_certificate(names)) is None:
         raise Unauthenticated(
             "the names in the client certificate must belong to exactly one principal of the"
-            f" policy, got {', '.join(names)[:512]}"
+            f" policy, got {', '.join(names)[:512]!a}"
         )
-    return Proof(b"", found[0], found[0], tuple(names)), found[1]
+    return Proof(b"", found[0], found[0], names), found[1]
 
 
 def _token_proof(values: Sequence[str | bytes]) -> Proof:
     """Return the digest of the bearer token in the values of the metadata ``authorization``."""
     value = values[0] if isinstance(values[0], str) else values[0].decode(errors="replace")
     scheme, _, token = value.partition(" ")
-    token = token.strip()
+    token = token.strip(" ")
     if len(values) > 1 or scheme.lower() != "bearer" or not 0 < len(token) <= LONGEST_TOKEN:
         raise Unauthenticated(
             "metadata 'authorization' must be given once, and be 'Bearer TOKEN', with a token of at"
@@ -389,16 +385,24 @@ def _token_proof(values: Sequence[str | bytes]) -> Proof:
     return Proof(digest, "", f"token:{digest.hex()[:8]}")
 
 
-def _names(properties: Any) -> list[str]:
+def _names(properties: Any) -> tuple[str, ...]:
     """Return the names in the verified client certificate of a call, such as "dns:a.example".
 
     properties  gRPC's authentication context: name of a property -> its values
+
+    The names are read from the certificate itself: in the properties, gRPC cuts a name off at its
+    first NUL, so that a certificate for "a.example\\0.evil.example" would pass for a.example.
+    Raises Unauthenticated if the certificate cannot be read.
     """
-    return [
-        f"{prefix}:{value.decode(errors='replace')}"
-        for key, prefix in NAMES.items()
-        for value in properties.get(key, ())
-    ]
+    certificate = properties.get(CERTIFICATE)
+    if not certificate:
+        return ()
+    from psserver.security import pem  # imports a large package, only if TLS is used
+
+    try:
+        return pem.client_names(certificate[0])
+    except ValueError as error:
+        raise Unauthenticated("the names in the client certificate cannot be read") from error
 
 
 def _principal_of(policy: Policy, proof: Proof) -> Principal | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import NameOID
 
 from psserver.unusable import ConfigError
 
@@ -59,3 +62,27 @@ def names(certificate: x509.Certificate) -> tuple[str, ...]:
         return ()
     dns = found.get_values_for_type(x509.DNSName)
     return (*dns, *map(str, found.get_values_for_type(x509.IPAddress)))
+
+
+@lru_cache(4096)
+def client_names(data: bytes) -> tuple[str, ...]:
+    """Return the names in a client certificate, each such as "dns:a.example", "uri:spiffe://a" or
+    "cn:a". A name may have any characters. Of several common names, none counts.
+
+    data  the certificate in PEM, which gRPC has verified
+
+    Raises ValueError if it cannot be read.
+    """
+    certificate = x509.load_pem_x509_certificate(data)
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        alternative = []
+    else:
+        alternative = [
+            *(f"uri:{name}" for name in found.get_values_for_type(x509.UniformResourceIdentifier)),
+            *(f"dns:{name}" for name in found.get_values_for_type(x509.DNSName)),
+        ]
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    text = [each.value for each in common] if len(common) == 1 else []
+    return (*alternative, *(f"cn:{name}" for name in text if isinstance(name, str) and name))

@@ -235,3 +235,19 @@ def test_threads_are_used_again() -> None:
     deadlines, before = Deadlines(5.0), threading.active_count()
     assert [deadlines.call("place", lambda i=i: i) for i in range(100)] == list(range(100))
     assert threading.active_count() <= before + 2
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory://user:s3cret@host/a", "memory://user:***@host/a/b"),
+        ("memory://:s3cret@host/a/", "memory://:***@host/a/b"),
+        ("memory://user:s3c@ret@host/a", "memory://user:***@host/a/b"),
+        ("memory://container@account/a", "memory://container@account/a/b"),
+        ("memory://host/a:b@c", "memory://host/a:b@c/b"),
+    ],
+)
+def test_no_message_has_the_password_of_a_url(url: str, shown: str) -> None:
+    assert Store(url).where("b") == shown
+    with pytest.raises(ValueError, match=r"^unknown://user:\*\*\*@host/a: "):
+        Store("unknown://user:s3cret@host/a")
