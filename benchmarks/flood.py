@@ -1,7 +1,7 @@
 """Send requests to a shard at a given rate, whether or not it keeps up. overload.py starts this.
 
 A process reads one Flood as a line of JSON from its standard input, sends its requests, and prints
-one line of JSON: what became of each request. Then it reads the next line.
+the path of a new file with JSON: what became of each request. Then it reads the next line.
 
 Requests arrive at random times (a Poisson process). Each has a deadline, counted from its intended
 arrival. They are encoded before the start and decoded only as far as needed, so that the generator
@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import grpc
@@ -239,18 +240,18 @@ class _Line:
                 self._next(number)
                 continue
             head = pb.StreamRequestHeader(id=number + 1, timeout_ms=int(left * 1000) + 1)
-            await self._stream.write(_enveloped(head.SerializeToString(), run.content(number)))
+            await self._stream.write(enveloped(head.SerializeToString(), run.content(number)))
 
     async def _read(self) -> None:
         while (data := await self._stream.read()) is not grpc.aio.EOF:
-            id, at = _varint(data, 1)
+            id, at = _read_varint(data, 1)
             found = None
             if data[at : at + 1] != ANSWERED:
                 found = pb.StreamResponse.FromString(data).error
             self._answered(id - 1, found)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """Return a varint that begins at an offset, and the offset after it."""
     value = shift = 0
     while True:
@@ -262,14 +263,19 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _enveloped(head: bytes, exchange: bytes) -> bytes:
+def enveloped(head: bytes, exchange: bytes) -> bytes:
     """Return an encoded StreamRequest: fields 1 and 2 with their lengths."""
-    size, rest = bytearray(), len(exchange)
-    while rest > 127:
-        size.append(rest & 127 | 128)
-        rest >>= 7
-    size.append(rest)
-    return b"".join((b"\x0a", bytes([len(head)]), head, b"\x12", size, exchange))
+    return b"".join((b"\x0a", bytes([len(head)]), head, b"\x12", varint(len(exchange)), exchange))
+
+
+def varint(value: int) -> bytes:
+    """Return a number >= 0 as protobuf encodes it."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def main() -> None:
@@ -281,13 +287,10 @@ def main() -> None:
         kind = (flood.batch, flood.kind, flood.seed)
         if kind not in known:
             known[kind] = messages(flood)
-        if not flood.seconds:
-            print("{}", flush=True)
-            continue
-        print(
-            json.dumps(asdict(uvloop.run(_Run(flood, known[kind]).run(), loop_factory=Loop))),
-            flush=True,
-        )
+        found = uvloop.run(_Run(flood, known[kind]).run(), loop_factory=Loop)
+        with NamedTemporaryFile("w", prefix="ps-flood-", suffix=".json", delete=False) as file:
+            json.dump(asdict(found), file)
+        print(file.name, flush=True)
 
 
 if __name__ == "__main__":
