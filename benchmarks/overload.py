@@ -10,9 +10,9 @@ root, for the cgroup.
     flood     3 x the peak. Clients wait as psclient does, by its code; those of the last flood do
               not: they send everything
     reading   processor time that a bare gRPC server takes to read the requests of a flood
-    bare      a gRPC server that does nothing for a request (bare.py), on the same core. It gets
-              as many requests as the shard served during the flood, on the same streams. So a
-              quiet client of it waits as long as one must wait for gRPC alone
+    bare      a gRPC server that does nothing for a request (bare.py), on the same core, and a
+              quiet client of it. It gets as many requests as the shard served during the flood, on
+              the same streams; then the whole flood
     quiet     a client that pulls 1,000 rows 40 times per second, alone and during a flood. It has
               real-time priority, as if it had a machine of its own
     admin     health checks, GetServerInfo, GetStatus and ListTables, alone and during the flood
@@ -304,9 +304,14 @@ def main() -> None:
                 time.sleep(seconds)
             calls.append({"calls": "bare gRPC", "while": "idle", **milliseconds(pulls)})
             for line in floods[:3]:  # the bare server has no unary calls
-                with quiet_stream(there) as pulls:
-                    generator.run(line["goodput/s"], seconds, **FLOODS[line["flood"]])
-                calls.append({"calls": "bare gRPC", "while": line["flood"], **milliseconds(pulls)})
+                name = line["flood"]
+                for server, rate in (
+                    ("bare gRPC, the requests served", line["goodput/s"]),
+                    ("bare gRPC, the whole flood", line["offered/s"]),
+                ):
+                    with quiet_stream(there) as pulls:
+                        generator.run(rate, seconds, **FLOODS[name])
+                    calls.append({"calls": server, "while": name, **milliseconds(pulls)})
         report.section(f"floods of 3 x the peak; peak {best:,.0f} requests/s", floods)
         report.section("calls of others", calls)
         report.note(
