@@ -39,8 +39,8 @@ from typing import Any
 from psserver.errors import DeadlinePassed, Overloaded
 
 BASE = 16 << 10  # cost of a request apart from its bytes
-SLICE = 0.0002  # seconds for which waiting requests begin before the loop does something else
-SHARE = 0.0003  # seconds in a round of the loop in which requests may begin without waiting
+SLICE = 0.0001  # seconds for which waiting requests begin before the loop does something else
+SHARE = 0.0002  # seconds in a round of the loop in which requests may begin without waiting
 FREE = 4 << 20  # cost of the requests in the engine with which others may begin without waiting
 MOST = 1 << 20  # the same for requests that wait: the less, the fairer; at least LEAST requests
 LEAST = 2
