@@ -5,8 +5,11 @@ One connection carries one request without a body.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
+ONCE = ("host", "authorization")  # fields of which a request may have one
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 NO_STORE = ("Cache-Control", "no-store")
 # On every response: it is what its type says, may not be framed, loaded or run by other sites, and
 # tells other sites nothing.
@@ -61,14 +64,19 @@ class Response:
 
 
 def parse(head: bytes) -> Request:
-    """Parse the header of a request, up to the empty line. Raises ValueError if it is not HTTP."""
-    first, *lines = head.decode("latin-1").split("\r\n")
+    """Parse the header of a request, up to the empty line. Raises ValueError if it is not HTTP: a
+    proxy may understand it differently, and check other fields than this server.
+    """
+    first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     method, target, _ = first.split(" ")
     path, _, query = target.partition("?")
     fields = {}
     for line in lines:
-        name, _, value = line.partition(":")
-        fields[name.strip().lower()] = value.strip()
+        name, colon, value = line.partition(":")
+        known = name.lower() in fields and name.lower() in ONCE
+        if not colon or known or not _NAME.fullmatch(name):
+            raise ValueError(f"not a header field: {name[:40]!r}")
+        fields[name.lower()] = value.strip()
     return Request(method, path, query, fields)
 
 

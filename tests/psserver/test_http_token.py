@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,68 @@ def test_probes_need_no_token(file: Path) -> None:
     with site(Figures(), token=HttpToken(file)) as port:
         assert get(port, "/livez")[0] == 200
         assert get(port, "/readyz")[0] in (200, 503)
+
+
+def raw(port: int, request: bytes) -> bytes:
+    """Send bytes, and return all that comes back."""
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+PROBES = [  # a probe needs no token; these only look like one
+    *("/livez/../metrics", "/livez/metrics", "//livez/../status.json", "/metrics/livez"),
+    *("/metrics?/livez", "/metrics#/livez", "/metrics;/livez", "/metrics%3f/livez", "/livez%00"),
+    *("/LIVEZ", "/livez/", "//livez", "/./livez", "http://x/livez", "http://x/metrics", "*", ""),
+]
+
+
+@pytest.mark.parametrize("target", PROBES)
+def test_no_other_page_passes_for_a_probe(file: Path, target: str) -> None:
+    with site(Figures(), token=HttpToken(file)) as port:
+        answer = raw(port, f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert answer.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT", "X"])
+def test_no_method_passes_without_the_token(file: Path, method: str) -> None:
+    with site(Figures(), token=HttpToken(file)) as port:
+        for page in PAGES:
+            head = f"{method} {page} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Word: {WORD}\r\n"
+            answer = raw(port, f"{head}\r\n".encode())
+            assert answer.startswith(b"HTTP/1.1 401 ")
+            assert WORD.encode() not in answer  # TRACE sends nothing back
+            answer = raw(port, f"{head}Authorization: Bearer {WORD}\r\n\r\n".encode())
+            assert answer.startswith((b"HTTP/1.1 405 ", b"HTTP/1.1 404 "))
+            assert WORD.encode() not in answer
+
+
+def test_the_token_does_not_open_the_port_to_foreign_sites(file: Path) -> None:
+    """A browser that knows the password sends it only to the name for which it was asked."""
+    with site(Figures(), token=HttpToken(file)) as port:
+        head = f"GET /metrics HTTP/1.1\r\nHost: evil.com\r\nAuthorization: Bearer {WORD}\r\n"
+        assert raw(port, f"{head}\r\n".encode()).startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Authorization : Bearer",  # a space before the colon
+        "Authorization: Bearer\r\n",  # the token on a line of its own
+        "Proxy-Authorization: Bearer",
+        "Cookie: authorization=Bearer",
+        "X-Authorization: Bearer",
+        "Authorization: Bearer wrong\r\nAuthorization: Bearer",
+        "X-Other: a\r\n Authorization: Bearer",  # a field that goes on in the next line
+        "Host: localhost\r\nAuthorization: Bearer",  # a second Host
+    ],
+)
+def test_the_token_counts_in_its_own_field_alone(file: Path, fields: str) -> None:
+    with site(Figures(), token=HttpToken(file)) as port:
+        head = f"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n{fields} {WORD}\r\n\r\n"
+        answer = raw(port, head.encode())
+        assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 400 "))
 
 
 def test_shards_send_it_to_each_other(file: Path) -> None:

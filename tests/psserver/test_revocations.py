@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -30,6 +31,8 @@ from secured import (
 )
 from servers import eventually
 
+from psclient import Follower, Subscriber
+from psclient.errors import PermissionDenied, Unauthenticated
 from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver import restore
@@ -216,6 +219,31 @@ def test_what_a_client_does_not_read_ends(
     assert code == "UNAUTHENTICATED"
     assert replies < 30
     call(channel, METHOD["DropTable"], requests(table)["DropTable"], bearer("ops"))
+
+
+@pytest.mark.parametrize("revoked", LESS)
+def test_a_subscriber_and_a_follower_end(server: Secured, tmp_path: Path, revoked: str) -> None:
+    """They tell their user the reason, and do not try again for ever."""
+    policy, code = LESS[revoked]
+    server.change(OPS + section("trainer", (["subscribe"], ["t"])))
+    token = tmp_path / "token"
+    token.write_text("trainer")
+    expected = {"PERMISSION_DENIED": PermissionDenied, "UNAUTHENTICATED": Unauthenticated}[code]
+    where: Any = [server.address]
+    with (
+        Subscriber(where, tables=["t"], start="latest", token_file=str(token)) as subscriber,
+        Follower(where, tables=["t"], token_file=str(token)) as follower,
+    ):
+        feed = server.server._service._feed
+        subscriber.open()
+        follower.open()
+        assert feed is not None
+        eventually(lambda: feed.subscribers == 2)
+        server.change(OPS + policy)
+        with pytest.raises(expected):
+            list(subscriber)
+        with pytest.raises(expected):
+            eventually(lambda: follower.pull("t", [1]) is None)
 
 
 def test_a_stream_goes_on_if_the_rights_that_it_uses_stay(
