@@ -36,6 +36,7 @@ from psserver.unusable import ConfigError
 MOST_BYTES = 4 << 20  # maximum size of a policy file
 LONGEST_TABLE = 128  # characters of a table's name; longer names belong to no table
 ALL = "*"
+SHOWN = 24  # characters; longer values are not in messages: they may be tokens in a wrong place
 KEPT = 4096  # decisions that are remembered per verb
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@/-]{1,128}$")]
@@ -250,10 +251,13 @@ def _patterns(where: str, grants: Iterable[_Grant]) -> dict[str, list[str]]:
 
 
 def _explain(item: Any) -> str:
-    """Return one item of ``ValidationError.errors()`` as text, without values of tokens."""
+    """Return one item of ``ValidationError.errors()`` as text, without values that may be tokens:
+    those of tokens, and long ones anywhere.
+    """
     where = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown field"
     if "tokens" in item["loc"]:
         return f"{where}: must be the SHA-256 of a token, 64 hexadecimal digits in lower case"
-    return f"{where}: {item['msg']}, got {str(item['input'])[:64]!r}"
+    found = str(item["input"])
+    return f"{where}: {item['msg']}" + (f", got {found!r}" if len(found) <= SHOWN else "")
