@@ -46,7 +46,7 @@ def report(trial: Trial) -> str:
         _over_time(trial.result),
     ]
     cards += [_kinds(trial.result), _settings(trial)]
-    first = f"<p class=lead>{escape(verdict(trial)[0])}</p>"
+    first = f"<p class=lead>{_prose(verdict(trial)[0])}</p>"
     body = f'{first}{document.tiles(facts(trial))}<div class="cards">{"".join(cards)}</div>'
     body += (
         "<footer>Latencies count from the moment at which a request was due, also if it was sent"
@@ -67,10 +67,15 @@ def report(trial: Trial) -> str:
 # ---- words and tables
 
 
+def _prose(sentence: str) -> str:
+    """Return a sentence as HTML whose lines do not end between a number and its per cent sign."""
+    return escape(sentence).replace(" %", "&nbsp;%")
+
+
 def _verdict(trial: Trial) -> str:
     """Return the card that says what the figures mean."""
-    text = "".join(f"<p class=warn>Doubt: {escape(each)}.</p>" for each in doubts(trial))
-    text += "".join(f"<p>{escape(each)}</p>" for each in verdict(trial)[1:])
+    text = "".join(f"<p class=warn>Doubt: {_prose(each)}.</p>" for each in doubts(trial))
+    text += "".join(f"<p>{_prose(each)}</p>" for each in verdict(trial)[1:])
     inner = f"<div>{text}</div>"
     if trial.sizing is not None and (lines := table(trial.sizing)):
         numbers = document.table(("shards", "keys of a shard per request", "requests/s"), lines)

@@ -25,7 +25,8 @@ from psclient.tools.commands.output import Output
 from psclient.tools.commands.shell import Session, command
 from psclient.tools.listing import listing, print_listing
 
-STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
+BAD = "bold red"  # style of what is wrong
+STYLES = {"ready": "green", "unreachable": BAD, "misplaced": BAD}
 
 
 @command()
@@ -77,7 +78,8 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
     """Print the states of the shards."""
     console = Console(highlight=False)
     ready = sum(each.ready for each in shards)
-    console.print(Text(f"{ready} of {len(shards)} shards ready", style="bold"))
+    style = "bold" if ready == len(shards) else BAD
+    console.print(Text(f"{ready} of {len(shards)} shards ready\n", style=style))
     print_listing(
         listing("shard", "address<", "state<", "release<", "uptime"),
         [
@@ -101,17 +103,19 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
             lines = [(*cells, _gpu(each)) for cells, each in zip(lines, answered, strict=True)]
         print_listing(listing("shard", *columns), lines)
         _show_clients(answered)
-    for each in shards:
-        if each.problem:
-            problem = f"shard {each.shard} is {each.state}: {each.problem}"
-            console.print(Text(" ".join(problem.split())), soft_wrap=True)
+    problems = [
+        f"shard {each.shard} is {each.state}: {each.problem}" for each in shards if each.problem
+    ]
     for each in answered:
         if each.damaged_blocks:
             text = f"shard {each.shard} has {each.damaged_blocks} damaged blocks: see psctl verify"
-            console.print(Text(text, style="bold red"), soft_wrap=True)
+            problems.append(text)
         if each.gpu_paused:
-            text = f"the GPU of shard {each.shard} is full: see psctl doctor"
-            console.print(Text(text, style="bold red"), soft_wrap=True)
+            problems.append(f"the GPU of shard {each.shard} is full: see psctl doctor")
+    if problems:
+        console.print()
+    for problem in problems:
+        console.print(Text(" ".join(problem.split()), style=BAD), soft_wrap=True)
 
 
 def _show_clients(shards: Sequence[ShardStatus]) -> None:
