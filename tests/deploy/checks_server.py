@@ -25,6 +25,7 @@ FIELDS = re.compile(
     r"metadata\.(name|namespace|uid)|metadata\.(labels|annotations)\['[^']+'\]"
     r"|spec\.(nodeName|serviceAccountName)|status\.(hostIP|podIP|podIPs|hostIPs)"
 )
+SECRET = re.compile(r"-----BEGIN|://[^/\s:@]*:[^/\s]*@")
 ORDINAL = "metadata.labels['apps.kubernetes.io/pod-index']"
 OTHER_VARIABLES = {  # not read by the server
     *("PSCTL_SERVERS", "POD_NAMESPACE"),
@@ -196,6 +197,30 @@ def http_token(objects: list[Object]) -> Iterator[str]:
                 yield f"PodMonitor: expected authorization with {what}"
 
 
+def secrets(objects: list[Object]) -> Iterator[str]:
+    """Secrets are files for the group of the server alone, which nobody can write; no variable and
+    no ConfigMap has one.
+    """
+    container, policy = container_of(objects), config_of(objects, 0).policy_file
+    if policy is not None and "secret" not in _mounted(objects, policy)[0]:
+        yield f"policy_file {policy} is not on a mounted Secret"
+    for volume in template_of(objects)["spec"]["volumes"]:
+        if "secret" not in volume:
+            continue
+        if volume["secret"].get("defaultMode") != 0o440:
+            yield f"volume {volume['name']}: defaultMode must be 0440"
+        for mount in container["volumeMounts"]:
+            if mount["name"] == volume["name"] and not mount.get("readOnly"):
+                yield f"volumeMount {mount['name']}: must be read-only"
+    for variable in container["env"]:
+        if "secretKeyRef" in variable.get("valueFrom", {}):
+            yield f"variable {variable['name']}: whoever sees the process sees it; mount a file"
+    for config in (each for each in objects if each["kind"] == "ConfigMap"):
+        for name, text in config["data"].items():
+            if SECRET.search(text):
+                yield f"ConfigMap {config['metadata']['name']}: {name} has a key or a password"
+
+
 def _mounted(objects: list[Object], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (volume, mount) of the directory of a file; {} if there is none."""
     mounts = {mount["mountPath"]: mount for mount in container_of(objects)["volumeMounts"]}
@@ -219,6 +244,7 @@ def file_of_settings(objects: list[Object]) -> Iterator[str]:
 
 
 CHECKS = (
-    *(variables, arguments, settings, addresses, security, http_token, grace),
+    *(variables, arguments, settings, addresses, security, http_token, secrets),
+    grace,
     file_of_settings,
 )

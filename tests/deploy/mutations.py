@@ -48,6 +48,21 @@ def _volume(pod: Part, name: str) -> Part:
     return found
 
 
+def _secret(mode: int, **mount: Any) -> Mutation:
+    """Return the mutation that mounts one more Secret.
+
+    mount  further fields of the volumeMount
+    """
+
+    def change(pod: Part) -> None:
+        secret = {"secretName": "more", "defaultMode": mode}
+        pod["volumes"].append({"name": "more", "secret": secret})
+        mounts = pod["containers"][0]["volumeMounts"]
+        mounts.append({"name": "more", "mountPath": "/more", **mount})
+
+    return _pod(change)
+
+
 def _settings(old: str, new: str) -> Mutation:
     """Return the mutation that replaces a text in psserver.toml."""
 
@@ -175,6 +190,17 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
         ),
         CROSS,
     ),
+    "Secret that every user of the pod can read": (_secret(0o444, readOnly=True), CROSS),
+    "Secret that the server can write": (_secret(0o440), CROSS),
+    "Secret in a variable": (
+        _container(
+            lambda c: c["env"].append(
+                {"name": "WORD", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}
+            )
+        ),
+        CROSS,
+    ),
+    "password in a ConfigMap": (_settings("file:///", "ftp://user:s3cret@host/"), CROSS),
     "more pods than shards": (_spec(lambda s: s.update(replicas=4)), CROSS),
     "memory limit that leaves nothing for tables": (
         _container(
