@@ -5,6 +5,14 @@ const PLOT_HEIGHT = 150;
 
 const clockTime = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
+// Width of an axis with these labels, for uPlot. The canvas cuts off what is wider.
+function widthOfLabels(plot, labels, at) {
+  if (!labels) return 0;
+  plot.ctx.font = plot.axes[at].font[0]; // in pixels of the device
+  const widest = Math.max(...labels.map((label) => plot.ctx.measureText(label).width));
+  return Math.max(62, Math.ceil(widest / devicePixelRatio) + 20);
+}
+
 class Plot {
   // lines: names of the lines; text: formats a value; least: least value at the top of the axis
   constructor(parent, title, lines, text, least) {
@@ -44,7 +52,7 @@ class Plot {
       scales: { y: { range: (_, low, high) => [0, Math.max(this.least, high * 1.1)] } },
       axes: [
         { ...axis, space: 80, values: (_, values) => values.map(clockTime) },
-        { ...axis, size: 62, space: 26, values: (_, values) => values.map((value) => (value ? this.text(value).replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, "") : "0")) },
+        { ...axis, size: widthOfLabels, space: 26, values: (_, values) => values.map((value) => (value ? this.text(value).replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, "") : "0")) },
       ],
       series: [{}, ...this.lines.map((name, at) => ({ label: name, stroke: color(`--s${at % 4}`), width: 2, points: { show: false }, spanGaps: false }))],
     };

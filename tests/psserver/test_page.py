@@ -251,6 +251,23 @@ class TestLive:
             ]:
                 assert seen.page.evaluate(code) == expected
 
+    def test_the_numbers_beside_a_plot_are_not_cut_off(self, visit: Any) -> None:
+        """The first columns of a plot's canvas are empty."""
+        with cluster(busy(0)) as port:
+            touched = visit(port).page.evaluate(
+                """() => {
+                  const text = (value) => value.toFixed(3);
+                  const plot = new Plot(document.body, "Wide", ["a"], text, 1);
+                  for (const at of [1, 2, 3]) plot.add(at, [123456789 * at]);
+                  const canvas = plot.canvas.querySelector("canvas");
+                  return new Promise((done) => setTimeout(() => {
+                    const { data } = canvas.getContext("2d").getImageData(0, 0, 2, canvas.height);
+                    done(data.some((value) => value > 0));
+                  }, 200));
+                }"""
+            )
+        assert touched is False
+
     def test_bytes_are_written_as_psctl_writes_them(self, visit: Any) -> None:
         with cluster(busy(0)) as port:
             seen = visit(port)
