@@ -49,7 +49,7 @@ NAMES = {  # of errors without a reason
     Unavailable: "UNAVAILABLE",
 }
 UNSENT = "NOT_SENT"  # error of a request that was due, but not sent before the end of the run
-CONNECT_SECONDS = 60.0  # for the first pull of a client that servers refuse for now
+CONNECT_SECONDS = 60.0  # for the first pull of a client
 NOTICE = 0.5  # seconds after which a thread that waits notices that the run was stopped
 
 
@@ -309,13 +309,16 @@ def connect(task: dict[str, Any], plan: Plan, count: int) -> list[Client]:
 
 
 def _pull_once(client: Client, plan: Plan) -> None:
-    """Connect a client and load its kernels; repeat the pull if a server refuses it for now."""
+    """Connect a client and load its kernels, which may take longer than the timeout of a request.
+
+    Repeats the pull if it is too late, or if a server refuses it for now.
+    """
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
             client.pull({name: np.arange(8) for name in plan.names})
             return
-        except ResourceExhausted as error:
+        except (ResourceExhausted, DeadlineExceeded) as error:
             if time.monotonic() > deadline:
                 raise
             time.sleep(max(error.retry_after or 0.0, 0.1))

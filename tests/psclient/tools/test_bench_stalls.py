@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psclient.errors import PsError, ResourceExhausted
+from psclient.errors import DeadlineExceeded, PsError, ResourceExhausted
+from psclient.tools.bench import worker
 from psclient.tools.bench.arrivals import Arrivals
 from psclient.tools.bench.latencies import Latencies
 from psclient.tools.bench.mixes import Mix
@@ -154,3 +155,25 @@ def test_a_run_that_is_stopped_counts_nothing_that_is_due_later() -> None:
     assert found["offered"] == server.requests == len(merged(found["latency"]))
     assert found["offered"] == pytest.approx(600, abs=75)  # sqrt(600) = 24
     assert not found["errors"]
+
+
+@pytest.mark.parametrize("error", [DeadlineExceeded("late"), ResourceExhausted("busy")])
+def test_the_first_pull_of_a_client_may_take_longer_than_a_timeout(
+    error: PsError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Connecting:
+        def __init__(self) -> None:
+            self.failures = 2
+
+        def pull(self, _: Any) -> None:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise error
+
+    client: Any = Connecting()
+    worker._pull_once(client, PLAN)
+    assert client.failures == -1
+    monkeypatch.setattr(worker, "CONNECT_SECONDS", 0.0)
+    never: Any = Connecting()
+    with pytest.raises(type(error)):
+        worker._pull_once(never, PLAN)
