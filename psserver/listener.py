@@ -8,6 +8,10 @@ and refuses calls with NOT_A_SHARD.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
@@ -39,19 +43,24 @@ READINESS = ("", "readiness", *SERVICES)
 HEALTH = (*READINESS, "liveness")
 Status = health_pb2.HealthCheckResponse
 
+log = structlog.get_logger()
+
 
 class Listener:
     """Runs the gRPC server of one shard, from ``listen`` to ``stop``.
 
     guard  finds out who calls, and what the caller may do
+    lost   called if gRPC's server ends although nobody has stopped it; the process must start again
 
     certificates  the TLS certificates in use; None: the port is plaintext
 
     Raises ConfigError if a certificate cannot be used.
     """
 
-    def __init__(self, config: ServerConfig, guard: Guard) -> None:
+    def __init__(self, config: ServerConfig, guard: Guard, lost: Callable[[], None]) -> None:
         self._config = config
+        self._lost = lost
+        self._stopping = False
         self.certificates = Certificates(config) if config.tls else None
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
@@ -87,7 +96,19 @@ class Listener:
         self._health.set(READINESS, Status.NOT_SERVING)
         self._health.set(["liveness"], Status.SERVING)
         await self._server.start()
+        self._watching = asyncio.create_task(self._watch())
         self.connections.open()
+
+    async def _watch(self) -> None:
+        """Call ``lost`` if gRPC's server ends before ``stop``: nobody could reach the shard."""
+        why = "no reason"
+        try:
+            await self._server.wait_for_termination()
+        except Exception as error:
+            why = repr(error)
+        if not self._stopping:
+            log.critical("gRPC's server has ended; the process starts again", reason=why)
+            self._lost()
 
     def expiries(self) -> dict[str, float]:
         """Return use of a certificate -> when it expires, in seconds since 1970; {} without TLS."""
@@ -119,5 +140,6 @@ class Listener:
 
     async def stop(self, grace: float) -> None:
         """Close the port. Calls still in flight after ``grace`` seconds are cancelled."""
+        self._stopping = True
         await self._server.stop(grace)
         self.connections.close()

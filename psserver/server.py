@@ -73,7 +73,7 @@ class Server:
         self._engine = Engine()
         self._stats = ServiceStats()
         self._guard = guard_of(config.policy_file, config.audit_file, config.shard)
-        self._listener = Listener(config, self._guard)
+        self._listener = Listener(config, self._guard, restart)
         self._phases = Phases(pb.PHASE_NOT_A_SHARD if config.surplus else pb.PHASE_KERNELS)
         connections = self._listener.connections
         connections.counted = self._stats.count_clients

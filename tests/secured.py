@@ -146,6 +146,7 @@ class Secured:
         self.data = directory / "data"
         self.port = free_ports(1)
         self.address = f"127.0.0.1:{self.port}"
+        self.restarted = threading.Event()  # set when the process would start again
         self.data.mkdir()
         self.write(policy)
         self._flags = [
@@ -164,7 +165,7 @@ class Secured:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(service_module, "Handlers", Recording)
             patch.setattr(PolicyFile, "look_seconds", 0.05)
-            self.server = Server(load(self._flags), lambda: None)
+            self.server = Server(load(self._flags), self.restarted.set)
             self.run(self.server.listen())
             self.run(self.server.open())
         return self

@@ -90,7 +90,7 @@ def test_a_server_that_serves_no_rows_refuses_calls_for_another_shard(
 
     async def run() -> None:
         flags = ["--shard", str(number), "--shards", "3", "--cluster", "prod"]
-        listener = Listener(load([*flags, "--port", str(port := free_ports(1))]), Guard())
+        listener = Listener(load([*flags, "--port", str(port := free_ports(1))]), Guard(), list)
         await listener.listen()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[LOCAL]) as channel:
