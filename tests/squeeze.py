@@ -46,6 +46,15 @@ CLUSTERS = {"cluster1", "cluster2", "cluster3", "start_cluster"}
 # Tests that cannot run while their rows leave memory, or that have nothing to do with rows:
 # file -> beginning of the name -> why.
 WARM = {
+    "cluster/test_checkpointer_faults.py": {
+        "test_a_cut_that_does_not": "it is about the files of a trainer",
+        "test_a_damaged_cut": "it is about the files of a trainer",
+        "test_an_error": "it is about the files of a trainer",
+        "test_old_cuts": "it is about the files of a trainer",
+        "test_what_an_interrupted": "it is about the files of a trainer",
+        "test_wrong_calls": "it is about the files of a trainer",
+    },
+    "cluster/test_comeback_example.py": {"test_": "test_checkpointer.py does the same"},
     "cluster/test_restore.py": {
         "test_a_server_without_a_place": "no row is read",
         "test_of_two_restores": "it is about which of two requests wins",
