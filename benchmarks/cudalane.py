@@ -9,6 +9,10 @@ All contenders pull the same rows into the same CUDA tensor, in turns.
     cuda lane, narrow  the same keys of a table of dim 4, batch: what keys and messages cost
     keys               only finds the distinct keys: what the client does before a pull
     copy               only copies so many rows from page-locked memory to the GPU
+
+Then EmbeddingGroup.pipeline with device="cuda" and staleness 1 trains a sum of as many rows, with
+rows through GPU memory ("cuda lane") and through shared memory and page-locked buffers ("shm
+lane"). A step is the time from one batch to the next.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from psclient import Client, Table
 
 DIM, NARROW, BATCH, ROWS = 128, 4, 100_000, 400_000
 HBM_BYTES = 4 << 30
+WARM = 5  # first steps of a pipeline, which are not measured
 PUSHES = 60  # maximum number of pushes of all rows until they are in GPU memory
 TARGET = 5.0  # rows per second of the cuda lane / those of the shm lane
 
@@ -69,6 +74,39 @@ def parts(table: Table, batches: list[Any], out: Any) -> str:
         seen.append((sent - start, answered - sent, time.perf_counter() - answered))
     send, wait, copy = 1e3 * np.median(np.array(seen[10:]), axis=0)
     return f"send {send:.2f} ms, wait for the answer {wait:.2f} ms, copy to the array {copy:.2f} ms"
+
+
+def step_times(client: Client, keys: list[Any], steps: int) -> list[float]:
+    """Train on batches of keys, in turn; return the seconds of each step but the first ones."""
+    import torch
+
+    from psclient.torch import Embedding, EmbeddingGroup
+
+    group = EmbeddingGroup(client, {"t": Embedding(client.table("t"))}).to("cuda")
+    rows, seen = group.optimizer(), []
+    loader = [keys[i % len(keys)] for i in range(steps + WARM)]
+    options: dict[str, Any] = {"staleness": 1, "device": "cuda"}
+    with group.pipeline(loader, lambda each: {"t": each}, **options) as batches:
+        start = time.perf_counter()
+        for _, outputs in batches:
+            outputs["t"].sum().backward()  # type: ignore[no-untyped-call]
+            rows.step()
+            torch.cuda.synchronize()
+            seen.append(time.perf_counter() - start)
+            start = time.perf_counter()
+    return seen[WARM:]
+
+
+def pipelines(clients: dict[str, Client], keys: list[Any], steps: int) -> list[dict[str, Any]]:
+    """Return a row for each way of the rows to the GPU; the ways take turns."""
+    times: dict[str, list[float]] = {name: [] for name in clients}
+    for _ in range(4):
+        for name, client in clients.items():
+            times[name] += step_times(client, keys, steps)
+    return [
+        {"contender": name, **milliseconds(each), "million rows/s": BATCH / np.median(each) / 1e6}
+        for name, each in times.items()
+    ]
 
 
 def without_gpu_regions(client: Client) -> None:
@@ -123,6 +161,8 @@ def main() -> int:
             "cuda lane, narrow": parts(narrow, batches, thin),
             "shm lane, batch": parts(other.table("t"), batches, out),
         }
+        ways = {name: clients[name] for name in ("cuda lane", "shm lane")}
+        steps = pipelines(ways, keys, 12 if options.quick else 40)
         in_gpu = near.describe_table("t").tiers["hbm"].rows
     medians = {name: float(np.median(each)) for name, each in times.items()}
     rows = [
@@ -130,6 +170,7 @@ def main() -> int:
         for name, each in times.items()
     ]
     report.section(f"pull of {BATCH:,} distinct rows of dim {DIM} into a CUDA tensor", rows)
+    report.section(f"step of a pipeline with {BATCH:,} rows of dim {DIM}, staleness 1", steps)
     for name, text in shares.items():
         report.note(f"{name}: {text}")
     report.note(f"{in_gpu:,} of {ROWS:,} rows in GPU memory")

@@ -85,8 +85,8 @@ frozen.py           a table as a plain module, without servers
 torch/gradients.py  how backward passes collect gradients, and how they are pushed
 torch/reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 torch/optimizer.py  RowOptimizer, and the base class of modules that push
-torch/feature.py    base classes of the modules, and the pull of a batch
 torch/inputs.py     checks of the arguments of a call: which keys to pull, and bags
+torch/feature.py    base classes of the modules, and the pull of a batch
 torch/embedding.py  Embedding
 torch/bag.py        EmbeddingBag
 torch/multihash.py  MultiHashEmbedding

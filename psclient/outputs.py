@@ -25,9 +25,9 @@ class Output:
     copy   copies ``rows`` into ``given``, which is on a GPU, if it is passed True, and gives
            ``rows`` back; None: ``rows`` is the memory of ``given``
 
-    device   number of the GPU that has ``given``; None: it is in host memory
-    arrived  parts of the answer that are in GPU memory, not in ``rows``
-    in_host  whether ``rows`` has parts of the answer
+    device   number of the GPU that needs the rows; None: they are needed in host memory
+    arrived  for a GPU: the parts of the answers, in the order in which they arrived. Those that
+             are in GPU memory are not in ``rows``
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class Output:
     ) -> None:
         self.rows, self._given, self._copy, self.device = rows, given, copy, device
         self.arrived: list[Arrived] = []
-        self.in_host = False
 
     def finish(self) -> Any:
         """Return what the caller passed, once it has the rows."""
         copy, self._copy = self._copy, None
         if copy is not None:
-            copy(self.in_host)
+            copy(any(part.room is None for part in self.arrived))
         for part in self.arrived:
-            part.put(_framework(self._given), self._given)
+            if part.room is not None:
+                part.put(_framework(self._given), self._given)
         self.arrived.clear()
         return self._given
 
@@ -220,5 +220,6 @@ def _on_gpu(given: Any, shape: tuple[int, ...], name: str) -> Output:
 
 
 def _framework(given: Any) -> str:
-    """Return the name of the package that an array is of."""
-    return type(given).__module__.split(".")[0]
+    """Return the package of an array: "torch" or "cupy", also for subclasses; or another one."""
+    packages = [kind.__module__.split(".")[0] for kind in type(given).__mro__]
+    return next((each for each in packages if each in ("torch", "cupy")), packages[0])

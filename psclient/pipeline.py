@@ -58,6 +58,9 @@ class Pipeline:
     durability  when a push counts as answered, see Client.push; None: each table's
     empty       allocates the buffers that rows are written to: ``empty(shape)`` returns a float32
                 array
+    gpu         number of the GPU that needs the rows. Those that the same-host lane can bring to
+                its memory are then there, and not in ``ticket.rows``; the caller copies both to
+                where it needs them (psclient.torch.transfer). None: all are in ``ticket.rows``
     unpushed    number of batches that may be at hand at the same time, in 1..staleness + 1: the
                 turn of a batch may begin before the batches before it are pushed
 
@@ -76,6 +79,7 @@ class Pipeline:
         wire: Wire | None = None,
         durability: Durability | None = None,
         empty: Callable[[tuple[int, int]], Rows] | None = None,
+        gpu: int | None = None,
         unpushed: int = 1,
     ) -> None:
         self._client = client
@@ -97,6 +101,7 @@ class Pipeline:
             step=checked.integer("step", step, -STEPS, STEPS),
             dtype=self._dtype,
             ring=lambda dim: Ring(dim, buffers, make),
+            gpu=gpu,
         )
         self._open: deque[Ticket] = deque()  # at hand: neither pushed nor skipped
         self._lock = threading.RLock()  # held by whoever uses ``_schedule``

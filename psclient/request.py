@@ -209,12 +209,12 @@ def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
                 f"{where}: table {part.table!r}: expected dim {part.dim}, got {pulled.header.dim}:"
                 " the table was dropped and created anew; call client.table() again"
             )
-        if pulled.gpu_room is not None and part.output is not None:
-            there = Arrived(pulled.gpu_room, first, last, part.batch, part.distinct, part.at)
+        if part.output is not None and part.output.device is not None:
+            room = pulled.gpu_room
+            there = Arrived(room, first, last, part.batch, part.distinct, part.at)
             part.output.arrived.append(there)
-            continue
-        if part.output is not None:
-            part.output.in_host = True
+            if room is not None:
+                continue
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.at is not None:
             part.out[part.at[first:last]] = rows

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from psclient.choices import MODES
+from psclient.outputs import Output
 from psclient.outstanding import Outstanding, Sent
 from psclient.request import NO_HEADER, Header, PullPart, PushPart
 from psclient.rowclient import RowClient
@@ -65,6 +66,7 @@ class Schedule:
     step       training step of the next batch that is handed out
     dtype      dtype on the wire, a number in ps.proto
     ring       makes the buffers of a table from the length of its rows
+    gpu        number of the GPU that needs the rows; None: they are needed in host memory
 
     stats      counters
     requests   requests in progress
@@ -81,13 +83,14 @@ class Schedule:
         step: int,
         dtype: int,
         ring: Callable[[int], Ring],
+        gpu: int | None,
     ) -> None:
         self._client = client
         self._tables = tables
         self._lookahead, self._staleness = lookahead, staleness
         self.step = step
         self._dtype = dtype
-        self._ring = ring
+        self._ring, self._gpu = ring, gpu
         self.stats = Stats()
         self.requests = Outstanding(client, self._repair)
         self.unsent: deque[Ticket] = deque()
@@ -264,6 +267,8 @@ class Schedule:
                     dim = self._client._dim(table, self._client._deadline())
                     self._rings[table] = self._ring(dim)
                 wanted.rows = ticket.rows[table] = self._rings[table].take(len(wanted.after))
+                if self._gpu is not None:
+                    wanted.output = Output(wanted.rows, None, device=self._gpu)
             self._held.append(ticket)
 
     def _overtaken(self, ticket: Ticket, parts: list[PushPart]) -> None:
@@ -315,6 +320,7 @@ class Schedule:
             min_version=NO_VERSIONS,
             out=wanted.rows,
             history=np.empty((3, 0), np.uint64),
+            output=wanted.output,
             at=None if whole else index,
         )
 

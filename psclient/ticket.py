@@ -14,6 +14,7 @@ from psclient import hashtable
 from psclient.arrays import Rows, as_keys
 from psclient.batch import Batch
 from psclient.errors import InvalidArgument
+from psclient.outputs import Output
 
 Places = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -47,15 +48,17 @@ class KeySet:
 class Wanted:
     """The rows of one table that one batch needs.
 
-    batch  the distinct keys, and where each key of the batch is among them
-    after  int64[distinct]: before a row is requested, step of the last push that must be sent
-           before, or ANY_TIME; then REQUESTED + step of the last push that was sent before
-    rows   float32[distinct, dim], a part of a buffer; None until the first row is requested
+    batch   the distinct keys, and where each key of the batch is among them
+    after   int64[distinct]: before a row is requested, step of the last push that must be sent
+            before, or ANY_TIME; then REQUESTED + step of the last push that was sent before
+    rows    float32[distinct, dim], a part of a buffer; None until the first row is requested
+    output  for a GPU: which rows are in its memory instead, see Output.arrived; None: none are
     """
 
     batch: Batch
     after: Index
     rows: Rows | None = None
+    output: Output | None = None
     _set: KeySet | None = None
 
     @property

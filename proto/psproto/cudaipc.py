@@ -118,6 +118,8 @@ def _library() -> Any:
 def _call(function: str, *arguments: Any) -> None:
     """Call a function of the driver. Raises CudaError if it fails."""
     library = _library()
+    if not hasattr(library, function):
+        raise CudaError(f"NVIDIA's driver has no function {function}: it is too old")
     if status := getattr(library, function)(*arguments):
         name = ctypes.c_char_p()
         library.cuGetErrorName(status, ctypes.byref(name))

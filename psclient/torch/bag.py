@@ -17,6 +17,7 @@ from psclient.torch.inputs import (
     Pooling,
     check_bool,
     check_options,
+    moved,
     padding_key,
 )
 
@@ -96,7 +97,7 @@ class EmbeddingBag(Remote):
         return functional.embedding_bag(
             places,
             leaf,
-            offsets.to(places.device),
+            moved(offsets, places.device),
             mode=self.mode,
             per_sample_weights=weights,
             include_last_offset=True,

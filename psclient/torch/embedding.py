@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from psclient.table import Table
 from psclient.torch.feature import Remote, pull_features
-from psclient.torch.inputs import check_bool, check_keys, check_options, padding_key
+from psclient.torch.inputs import check_bool, check_keys, check_options, moved, padding_key
 
 
 class Embedding(Remote):
@@ -64,7 +64,7 @@ class Embedding(Remote):
         padding, jagged = arguments  # see CheckedKeys
         rows = functional.embedding(places, leaf, scale_grad_by_freq=self.scale_grad_by_freq)
         if padding is not None:
-            kept = ~padding.reshape(-1).to(leaf.device)
+            kept = moved(~padding.reshape(-1), leaf.device)
             zeros = leaf.new_zeros(len(kept), leaf.shape[1])
             rows = zeros.index_put((kept,), rows).reshape(*padding.shape, -1)
         if jagged is not None:

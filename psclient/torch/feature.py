@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from psclient.errors import InvalidArgument
 from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.table import Table
+from psclient.torch.inputs import moved
 from psclient.torch.optimizer import Trained
 from psclient.torch.reach import Holder
 
@@ -197,7 +198,10 @@ def _pull_once(
     arguments: Mapping[Part, tuple[Any, ...]],
     mode: Mode,
 ) -> dict[Part, Tensor]:
-    """Do what ``_pull`` does in one request, with this mode of the pull."""
+    """Do what ``_pull`` does in one request, with this mode of the pull.
+
+    If all modules of a table are on one GPU, its rows are pulled into a tensor there.
+    """
     batches = {part: client.batch(as_keys(arguments[part][0])) for part in modules}
     by_table: dict[str, list[Part]] = {}
     for part, module in modules.items():
@@ -208,15 +212,38 @@ def _pull_once(
         else client.batch(np.concatenate([batches[part].keys for part in parts]))
         for table, parts in by_table.items()
     }
-    pulled = client.pull_distinct(joint, mode=mode)
+    out = {
+        table: torch.empty(
+            (len(joint[table].keys), modules[parts[0]].table.dim),
+            dtype=torch.float32,
+            device=device,
+        )
+        for table, parts in by_table.items()
+        if (device := _gpu_of([modules[part] for part in parts])) is not None
+    }
+    pulled = client.pull_distinct(joint, mode=mode, out=out)
     outputs = {}
     for table, parts in by_table.items():
         ends = np.cumsum([len(batches[part].keys) for part in parts])[:-1]
         places = np.split(joint[table].split.inverse, ends)  # of the keys of each part in the rows
         for part, place in zip(parts, places, strict=True):
-            rows = pulled[table] if len(parts) == 1 else pulled[table][place]
+            rows = pulled[table] if len(parts) == 1 else rows_at(pulled[table], place)
             outputs[part] = output_of(modules[part], batches[part], rows, arguments[part])
     return outputs
+
+
+def _gpu_of(modules: Sequence[Remote]) -> torch.device | None:
+    """Return the GPU that modules are on; None if they are not all on the same one."""
+    devices = {module.like.device for module in modules}
+    (device,) = devices if len(devices) == 1 else (None,)
+    return device if device is not None and device.type == "cuda" else None
+
+
+def rows_at(rows: Any, index: NDArray[Any]) -> Any:
+    """Return the rows with these indices of an array, or of a tensor on any device."""
+    if not isinstance(rows, Tensor):
+        return rows[index]
+    return rows[moved(torch.from_numpy(index.astype(np.int64)), rows.device)]
 
 
 def output_of(
@@ -231,7 +258,7 @@ def output_of(
     arguments  arguments (keys, ...) of the module's ``forward``
     """
     leaf = module.seen(module.collect(batch, rows))
-    return module.combine(leaf, places_of(batch).to(module.like.device), arguments[1:])
+    return module.combine(leaf, moved(places_of(batch), module.like.device), arguments[1:])
 
 
 def places_of(batch: Batch) -> Tensor:

@@ -277,6 +277,17 @@ def padding_key(module: str, value: Any) -> int | None:
     return int(value) & MASK
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor in host memory on a device. Does not wait for the copy to a GPU.
+
+    The copy is from page-locked memory, which PyTorch uses again once the copy is over. Kernels
+    launched later on the current stream find the numbers there.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _tensor(array: NDArray[Any], like: Tensor) -> Tensor:
     """Return ``array`` as a tensor on the device of ``like``."""
     return torch.from_numpy(array).to(like.device)

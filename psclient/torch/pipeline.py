@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from psclient import checked
@@ -20,7 +19,16 @@ from psclient.errors import InvalidArgument, PsError
 from psclient.pipeline import MOST, Pipeline
 from psclient.rowclient import RowClient
 from psclient.ticket import Ticket
-from psclient.torch.feature import Feature, Part, Remote, merged, output_of, places_of, requests_of
+from psclient.torch.feature import (
+    Feature,
+    Part,
+    Remote,
+    merged,
+    output_of,
+    places_of,
+    requests_of,
+    rows_at,
+)
 from psclient.torch.gradients import Gradients
 from psclient.torch.ranks import Turn
 from psclient.torch.reach import holders
@@ -74,6 +82,7 @@ class GroupPipeline:
             wire=wire,
             durability=durability,
             empty=self._transfer.empty,
+            gpu=self._transfer.gpu,
         )
         self._planned: deque[tuple[Arguments, dict[Part, Batch]]] = deque()
         self._ticket: Ticket | None = None  # the batch at hand, until it is pushed
@@ -168,7 +177,10 @@ class GroupPipeline:
     def _outputs(self, ticket: Ticket) -> dict[str, Tensor]:
         """Return {feature: output} of the batch at hand."""
         arguments, batches = self._planned.popleft()
-        rows = {table: self._transfer.rows(each) for table, each in ticket.rows.items()}
+        rows = {
+            table: self._transfer.rows(each, ticket.wanted[table].output)
+            for table, each in ticket.rows.items()
+        }
         outputs = {}
         for part, module in self._modules.items():
             batch, mine = batches[part], rows[module.table.name]
@@ -176,7 +188,7 @@ class GroupPipeline:
                 places = places_of(batch).reshape(-1)
                 inner = np.empty(len(batch.keys), np.int64)
                 inner[places.numpy()] = ticket.places[self._names[part]].reshape(-1)
-                mine = mine[torch.from_numpy(inner).to(mine.device)]
+                mine = rows_at(mine, inner)
             outputs[part] = output_of(module, batch, mine, arguments[part])
         return merged(self._features, outputs)
 

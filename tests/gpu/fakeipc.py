@@ -97,8 +97,8 @@ class Array:
     def __getitem__(self, index: Array) -> Array:
         return Array(self.host[index.host])
 
-    def __setitem__(self, index: Array, rows: Array) -> None:
-        self.host[index.host] = rows.host
+    def __setitem__(self, index: Array | slice, rows: Array) -> None:
+        self.host[index if isinstance(index, slice) else index.host] = rows.host
 
     def reshape(self, *shape: int) -> Array:
         return Array(self.host.reshape(*shape))

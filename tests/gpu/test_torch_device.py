@@ -33,8 +33,13 @@ class RowsHere:
     def batch(self, keys: Any) -> Batch:
         return Batch(keys, routing.even_map(1))
 
-    def pull_distinct(self, keys: Mapping[str, Batch], *, mode: str) -> dict[str, Any]:
-        return {name: self.rows[batch.keys.astype(int)] for name, batch in keys.items()}
+    def pull_distinct(
+        self, keys: Mapping[str, Batch], *, mode: str, out: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        rows = {name: self.rows[batch.keys.astype(int)] for name, batch in keys.items()}
+        for name, tensor in out.items():
+            rows[name] = tensor.copy_(torch.from_numpy(rows[name]))
+        return rows
 
     def push_distinct(self, gradients: Mapping[str, Any], *, step: int, lr: float) -> None:
         for name, (batch, sums) in gradients.items():

@@ -260,7 +260,7 @@ class Delayed(Transfer):
         self.under_way: list[tuple[Any, Any]] = []  # (buffer that is read, its numbers)
         self.waits = 0
 
-    def rows(self, array: Any) -> Tensor:
+    def rows(self, array: Any, output: Any) -> Tensor:
         self.under_way.append((array, array.copy()))
         return torch.from_numpy(array.copy())
 
