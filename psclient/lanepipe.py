@@ -166,6 +166,8 @@ class LanePipe:
                 data = b""
             if not data:
                 raise PipeLost("the server closed the lane")
+            if not received and _is_whole(data):
+                return data[head:]  # the usual case
             received += data
 
     def _wait(self) -> None:
@@ -235,6 +237,12 @@ class LanePipe:
                 self._unsent.popleft()
             else:
                 self._unsent[0] = message[sent:], []
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether bytes from the socket are one message, no more and no less."""
+    head = lanes.LENGTH.size
+    return len(data) >= head and int(lanes.LENGTH.unpack_from(data)[0]) == len(data) - head
 
 
 def _registration(regions: Sequence[Region]) -> pb.LaneRequest:

@@ -223,6 +223,7 @@ def _warm_routing(keys: Keys, written: bool) -> None:
     rows = _view(np.ones((4, 2), np.float32), written)
     shard_map = routing.even_map(2)
     split = routing.split(keys, shard_map)
+    routing.split(keys, routing.even_map(1))
     routing.check(keys, shard_map, 0)
     routing.owners(keys, shard_map)
     routing.first_foreign(keys, shard_map, 0)

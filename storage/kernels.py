@@ -27,6 +27,7 @@ ABSENT = -1
 _FLOAT, _UINT = struct.Struct("<f"), struct.Struct("<I")
 LINE = 64  # bytes in a cache line
 AHEAD = 8  # rows that are prefetched
+FAR = 24  # the same in ``gather``, which does little else than wait for memory
 
 
 class Images(NamedTuple):
@@ -106,11 +107,11 @@ def gather(slab: Any, slots: Any, dim: int, out: Any) -> None:
     """
     n = slots.shape[0]
     size = 4 * dim
-    for i in range(min(AHEAD, n)):
+    for i in range(min(FAR, n)):
         if slots[i] >= 0:
             prefetch_row(slab, slots[i], size)
     for i in range(n):
-        ahead = i + AHEAD
+        ahead = i + FAR
         if ahead < n and slots[ahead] >= 0:
             prefetch_row(slab, slots[ahead], size)
         slot = slots[i]

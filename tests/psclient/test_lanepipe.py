@@ -143,6 +143,22 @@ def test_a_message_that_is_larger_than_the_socket_is_sent_while_nothing_is_answe
     assert wait() == 1
 
 
+@pytest.mark.parametrize("cut", [1, 3, 4, 5, 20])
+def test_answers_may_arrive_in_pieces_or_together(pipe: LanePipe, peer: Peer, cut: int) -> None:
+    assert peer.greeted.wait(60)
+    first, second, third = (
+        lanes.framed(lanes.encode_response(id, pb.Status(code=3, message="no"))) for id in (1, 2, 3)
+    )
+    wait = received(pipe)
+    peer.socket.sendall(first[:cut])
+    time.sleep(0.01)  # so that the piece is probably read alone
+    peer.socket.sendall(first[cut:] + second)
+    assert wait() == 1
+    assert received(pipe)() == 2
+    peer.socket.sendall(third)
+    assert received(pipe)() == 3
+
+
 def test_a_thread_that_waits_for_an_answer_sleeps_while_its_request_is_read(
     pipe: LanePipe, peer: Peer
 ) -> None:
