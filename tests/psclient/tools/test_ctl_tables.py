@@ -186,13 +186,16 @@ def test_tables_are_created_listed_shown_and_dropped(
     [line] = [line for line in psctl(here, "tables").splitlines() if line.startswith(name)]
     assert line.split()[1:4] == ["4", "adam", "2"]
     assert line.split()[6:] == ["counter", "norm,", "step_ttl"]
-    [listed] = [
-        t for t in json.loads(psctl(here, "tables", "--output", "json")) if t["name"] == name
-    ]
     shown = psctl(here, "table", name)
     for word in ("adam:", "beta1=0.5", "norm:", "fsync", "serving default", "shard"):
         assert word in shown
-    assert json.loads(psctl(here, "table", name, "--output", "json")) == listed
+
+    def told_alike() -> bool:
+        tables = json.loads(psctl(here, "tables", "--output", "json"))
+        [listed] = [each for each in tables if each["name"] == name]
+        return json.loads(psctl(here, "table", name, "--output", "json")) == listed
+
+    eventually(told_alike)  # a flush in between changes the figures
     kept = psctl(here, "drop", name, typed="n\n", exit=Exit.FAILED)
     assert f"Delete table {name} with 2 rows? [y/N]" in kept
     assert client.describe_table(name).rows == 2
