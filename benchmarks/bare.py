@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 import uvloop
 
-from benchmarks.flood import ANSWERED, DIM, OPTIONS, STREAM, varint
+from benchmarks.flood import ANSWERED, DIM, OPTIONS, STREAM
 from psproto import ps_pb2 as pb
+from psproto.encoding import varint
 from psserver.eventloop import Loop
 
 ROWS = 1000  # rows in an answer

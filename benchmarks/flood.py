@@ -29,6 +29,7 @@ from psclient.patience import Patience
 from psclient.window import Window
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psproto.encoding import varint
 from psserver.eventloop import Loop
 
 TABLE, DIM, ROWS = "overload", 32, 200_000
@@ -266,16 +267,6 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 def enveloped(head: bytes, exchange: bytes) -> bytes:
     """Return an encoded StreamRequest: fields 1 and 2 with their lengths."""
     return b"".join((b"\x0a", bytes([len(head)]), head, b"\x12", varint(len(exchange)), exchange))
-
-
-def varint(value: int) -> bytes:
-    """Return a number >= 0 as protobuf encodes it."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def main() -> None:

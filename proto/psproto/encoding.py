@@ -36,14 +36,14 @@ class _Writer:
         Appends nothing if ``body`` is empty.
         """
         if body:
-            piece = _BYTE[field << 3 | 2] + _varint(len(body)) + body
+            piece = _BYTE[field << 3 | 2] + varint(len(body)) + body
             self._pieces.append(piece)
             self._at += len(piece)
 
     def number(self, field: int, value: int) -> None:
         """Append an unsigned number as a varint field; append nothing if it is 0."""
         if value:
-            self._append(_BYTE[field << 3] + _varint(value))
+            self._append(_BYTE[field << 3] + varint(value))
 
     def array(self, field: int, array: NDArray[Any] | None) -> None:
         """Append an array, after padding that aligns it to its item size.
@@ -53,7 +53,7 @@ class _Writer:
         if array is None or not (size := array.nbytes):
             return
         item = array.itemsize
-        head = _BYTE[field << 3 | 2] + _varint(size)
+        head = _BYTE[field << 3 | 2] + varint(size)
         at = self._at + len(head)
         if at % item:
             padding = _PADDING[-(at + 2) % item]
@@ -84,7 +84,7 @@ class _Writer:
         self._at += len(piece)
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Return an unsigned number as a protobuf varint: 7 bits per byte, lowest first."""
     if value < 1 << 7:
         return _BYTE[value]
@@ -213,7 +213,7 @@ def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
     writer.number(1, id)
     if isinstance(answer, pb.Status):
         body = answer.SerializeToString()  # sent even if empty, to mark the reply as an error
-        writer._append(_BYTE[3 << 3 | 2] + _varint(len(body)) + body)
+        writer._append(_BYTE[3 << 3 | 2] + varint(len(body)) + body)
     else:
         mark = writer.begin(2)
         _put_exchanged(writer, answer)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ pytest.importorskip("uvloop")
 from cpukernels import compiler
 from fakeipc import FakeCudaGpu, fake_cupy
 from gpuserver import GpuServer
+from puller import pulling
 
 from psclient import Client
 from psproto import cudaipc, lanes
@@ -234,48 +233,15 @@ def test_without_gpu_memory_rows_go_through_host_memory(
         assert server.stop() == 0
 
 
-CHILD = """
-import sys
-import numpy as np
-if sys.argv[2] == "fake":
-    from fakeipc import FakeCudaGpu, fake_cupy
-    from psproto import cudaipc
-    fake = FakeCudaGpu()
-    cudaipc.gpu = lambda number=0: fake
-    sys.modules["cupy"] = fake_cupy()
-import cupy
-from psclient import Client
-with Client([sys.argv[1]], timeout=60, lane="require") as client:
-    table, keys = client.table("t128"), np.arange(10_000)
-    out = cupy.full((len(keys), 128), 0, np.float32)
-    for i in range(1_000_000):
-        table.pull(keys, out=out)
-        if i == 3:
-            print("ready", flush=True)
-"""
-
-
 def test_a_killed_client_does_no_harm(
     client: Client, server: GpuServer, makers: list[Make], device: str
 ) -> None:
     """It is killed while it pulls; the server unmaps its memory."""
     before = client.table("t128").pull(np.arange(1000))
-    here = Path(__file__).parent
-    root = here.parents[1]
-    paths = [str(root / "proto"), str(root), str(here), os.environ.get("PYTHONPATH", "")]
     for _ in range(KILLS):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, server.address[0], device],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-        child.wait(60)
-        child.stdout.close()
-        assert line == "ready\n"
+        with pulling(server.address[0], device, "t128", 10_000) as child:
+            child.send_signal(signal.SIGKILL)
+            child.wait(60)
         for make in makers:
             same_bits(pulled(client, "t128", np.arange(1000), make), before)
     for _ in range(1000):

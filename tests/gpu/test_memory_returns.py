@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ pytest.importorskip("uvloop")
 from cpukernels import compiler
 from fakeipc import FakeCudaGpu, fake_cupy
 from gpuserver import GpuServer
+from puller import pulling
 
 from psclient import Client
 from psclient.errors import PsError
@@ -39,25 +39,6 @@ DEVICES = [
     pytest.param("fake", marks=pytest.mark.slow),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
-CHILD = """
-import sys, time
-import numpy as np
-if sys.argv[2] == "fake":
-    from fakeipc import FakeCudaGpu, fake_cupy
-    from psproto import cudaipc
-    fake = FakeCudaGpu()
-    cudaipc.gpu = lambda number=0: fake
-    sys.modules["cupy"] = fake_cupy()
-import cupy
-from psclient import Client
-with Client([sys.argv[1]], timeout=60, lane="require") as client:
-    table, keys = client.table("t"), np.arange(100_000)
-    out = cupy.full((len(keys), 128), 0, np.float32)
-    for i in range(1_000_000):
-        table.pull(keys, out=out)
-        if i == 3:
-            print("ready", flush=True)
-"""
 
 
 @contextmanager
@@ -108,29 +89,6 @@ def server_of(device: str, directory: Path) -> GpuServer:
     return GpuServer(directory, device, "--hbm-bytes", str(64 << 20), "--lane", "on")
 
 
-@contextmanager
-def another_client(server: GpuServer, device: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that pulls into GPU memory without end."""
-    here = Path(__file__).parent
-    paths = [str(here.parents[1] / "proto"), str(here.parents[1]), str(here)]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, server.address[0], device],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        yield child
-    finally:
-        child.kill()
-        child.wait(60)
-        assert child.stdout is not None
-        child.stdout.close()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_it_returns_when_a_client_is_killed(tmp_path: Path, device: str) -> None:
     """Also what the server has mapped."""
@@ -139,7 +97,7 @@ def test_it_returns_when_a_client_is_killed(tmp_path: Path, device: str) -> None
         try:
             with server.connect() as client:
                 client.create_table("t", DIM, initializer="normal")
-            with another_client(server, device):
+            with pulling(server.address[0], device, "t", ROWS):
                 pass  # now the server has all memory that it takes for itself
 
             def used() -> int:
@@ -147,7 +105,7 @@ def test_it_returns_when_a_client_is_killed(tmp_path: Path, device: str) -> None
 
             time.sleep(2.0)  # the memory of the first client returns
             before = used()
-            with another_client(server, device) as child:
+            with pulling(server.address[0], device, "t", ROWS) as child:
                 assert used() > before + LEAST
                 child.send_signal(signal.SIGKILL)
                 child.wait(60)
