@@ -27,9 +27,9 @@ from psproto import lanes
 from psproto import ps_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 1 << 30  # bytes of the cgroup; a flood has 1 GB of requests
-RATE = 6000.0  # requests per second: more than a core serves
-SECONDS = 2.0
+LIMIT = 1 << 30  # bytes of the cgroup; a flood has 2 GB of requests
+RATE = 9000.0  # requests per second: more than a core serves
+SECONDS = 3.0
 FLOODS: dict[str, dict[str, Any]] = {
     "streams": {"streams": 16},
     "unary": {"streams": 0},
